@@ -1,0 +1,78 @@
+# shellcheck shell=sh
+# Activates the environment in the shell that you type in:    source activate_env.sh
+#
+# For bash, zsh and other POSIX shells. Sets no shell option, and never ends the shell: what goes wrong is one line and
+# status 1. ENV_PATH names the environment, as for setup_env.sh; CONDA_SH another conda than the one it was made with.
+
+_engaging_activate() {
+    if [ -z "${ENV_PATH:-}${HOME:-}" ]; then
+        echo "error: HOME: not set; name the environment's place in ENV_PATH" >&2
+        return 1
+    fi
+    # `local` is in every shell that this is for, though not in POSIX.
+    # shellcheck disable=SC3043
+    local env_path conda_sh
+    env_path=${ENV_PATH:-$HOME/conda_envs/nanogpt_env}
+    env_path=${env_path%/}
+    case $env_path in
+        /*) ;;
+        *) env_path=$PWD/$env_path ;;
+    esac
+    if [ ! -x "$env_path/bin/python" ]; then
+        echo "error: ENV_PATH: $env_path: no environment there; make it: bash setup_env.sh" >&2
+        return 1
+    fi
+    if [ ! -e "$env_path/.engaging-nanogpt" ]; then
+        echo "error: ENV_PATH: $env_path: its set-up did not come to its end; run again: bash setup_env.sh" >&2
+        return 1
+    fi
+    export PYTHONNOUSERSITE=1 # packages in ~/.local must not take the place of the pinned ones
+    if [ "$(command -v python)" = "$env_path/bin/python" ]; then
+        echo "$env_path is active already"
+        return 0
+    fi
+    if [ -e "$env_path/bin/activate" ] && [ -e "$env_path/pyvenv.cfg" ]; then
+        # shellcheck disable=SC1091
+        . "$env_path/bin/activate" || true
+    else
+        conda_sh=${CONDA_SH:-}
+        if [ -z "$conda_sh" ] && [ -r "$env_path/.conda_sh" ]; then conda_sh=$(cat "$env_path/.conda_sh"); fi
+        if [ -r "$conda_sh" ]; then
+            # shellcheck disable=SC1090
+            . "$conda_sh" && conda activate "$env_path" || true
+        fi
+    fi
+    if [ "$(command -v python)" != "$env_path/bin/python" ]; then
+        # No conda any more (its module went away), or it failed: the environment itself works without.
+        PATH=$env_path/bin:$PATH
+        export PATH
+        echo "note: conda could not activate $env_path, so it is only put first on PATH"
+    fi
+    if ! python -c '' 2>/dev/null; then
+        echo "error: ENV_PATH: $env_path: its Python does not start; run: bash setup_env.sh --rebuild" >&2
+        return 1
+    fi
+    echo "$env_path is active: $(python --version)"
+}
+
+# Sourced, or run by mistake? Each shell says it in its own way.
+if [ -n "${ZSH_VERSION:-}" ]; then
+    case ${ZSH_EVAL_CONTEXT:-file} in
+        *file*) _engaging_sourced=yes ;;
+        *) _engaging_sourced=no ;;
+    esac
+elif [ -n "${BASH_VERSION:-}" ]; then
+    # shellcheck disable=SC3028,SC3054
+    if [ "${BASH_SOURCE:-}" = "$0" ]; then _engaging_sourced=no; else _engaging_sourced=yes; fi
+else
+    case $0 in
+        *activate_env.sh) _engaging_sourced=no ;;
+        *) _engaging_sourced=yes ;;
+    esac
+fi
+if [ "$_engaging_sourced" = no ]; then
+    echo "error: activate_env.sh: run like this it changes nothing; type: source activate_env.sh" >&2
+    exit 2
+fi
+unset _engaging_sourced
+_engaging_activate

@@ -1,0 +1,237 @@
+"""The speedrun in short: 105 + 6 steps of the whole schedule on a small corpus, beside the record code's figures.
+
+    python benchmarks/speedrun.py --dataset=/path/of/tokens --seeds=3            # on one GPU; prints the table
+    python benchmarks/speedrun.py --dataset=/path/of/tokens --gpus=8             # the same lanes on more of them
+    python benchmarks/speedrun.py --dataset=/path/of/tokens --flags="--dc=false" # what leaving one out costs
+    python benchmarks/speedrun.py --dataset=/path/of/tokens --cold=true          # and how long starting takes
+
+The record code (modded-nanogpt at record 89, adapted to torch 2.11) was measured on one H100 80GB HBM3: 242 / 441 /
+650 ms a step in stages of 35 steps, 50.9 s in all, 4.0782 on the first 1,835,008 validation tokens, 39.4 GiB.
+
+`start-up` in the table is the time from launch to the clock's start, with this node's compile caches as they are.
+`--cold=true` first starts three times with folders of its own: `cold`, nothing compiled before; `another node`, only
+the archive that the first one packed; `same node`, the second one's folders, which the runs then use as well. Each is
+ended at its first step. A start or run that fails is named, and the others go on. Checkpoints go. A run takes
+about two minutes, the three starts about four, a cold start before the first run up to two and a half.
+
+`--dataset` is a folder of shards; with one training shard the run begins it again when it is used up, as the record's
+did there.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from nanogpt.common.errors import CommandError, UserError, run_command
+from nanogpt.common.flags import knob, parse
+
+STAGE_STEPS, STEPS, EXTENSION = 35, 105, 6
+VAL_TOKENS = 1_835_008
+RECORD = {"stage 1": 242.0, "stage 2": 441.0, "stage 3": 650.0, "seconds": 50.9, "loss": 4.0782, "GiB": 39.4}
+TOKENS = {"stage 1": 131_072, "stage 2": 262_144, "stage 3": 393_216}
+FLOPS_PER_TOKEN, PEAK = 0.685e9, 989e12  # of the matrices; dense bfloat16 of one H100 or H200
+SHOWN_LINES = 60  # of a run that failed
+SKIPPED = 3  # steps at the beginning of a stage, while the CPU is not yet ahead
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    dataset: str = knob("", "folder with <name>_train_*.bin and <name>_val_*.bin")
+    out_dir: str = knob("out/benchmark-speedrun", "where the runs go; existing ones are moved aside")
+    seeds: int = knob(1, "runs, with seeds 1337, 1338, ...", low=1, high=100)
+    gpus: int = knob(1, "GPUs of this machine", low=1, high=8)
+    flags: str = knob("", "further flags of the trainer, as a shell would split them")
+    cold: bool = knob(False, "also measure starting with empty, with packed and with filled compile caches")
+    plot: str = knob("", "write the loss curves of the runs to this PNG")
+
+
+def command_of(options: Options, seed: int, folder: Path) -> list[str]:
+    """The trainer's command line."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+                f"--nproc_per_node={options.gpus}"]  # fmt: skip
+    return [
+        sys.executable, *(launcher if options.gpus > 1 else []), "-m", "modded_nanogpt.train_gpt",
+        f"--dataset={Path(options.dataset).resolve()}", f"--out_dir={folder}", f"--seed={seed}", f"--steps={STEPS}",
+        f"--extension_steps={EXTENSION}", f"--eval_tokens={VAL_TOKENS}", "--repeat_data=true", "--save_minutes=0",
+        "--eval_interval=35", "--overwrite=true", *shlex.split(options.flags),
+    ]  # fmt: skip
+
+
+def print_start_ups(options: Options, disks: Path, failures: list[str]) -> dict[str, str]:
+    """Seconds from launch to the clock's start: cold, on another node with the archive, on the same node again.
+
+    Returns the environment variables that name the last one's folders: the runs after it find everything there.
+    """
+    for name, disk in (("cold", "one"), ("another node", "two"), ("same node", "two")):
+        try:
+            seconds, said = start_up(options, folders(disks / disk), disks / "archives")
+        except CommandError as error:
+            failures.append(f"start-up, {name}: {error}")
+            print(failures[-1], flush=True)
+            continue
+        print(f"start-up, {name}: {seconds:.1f} s")
+        print("".join(f"    {line}\n" for line in said), end="", flush=True)
+    return folders(disks / "two")
+
+
+def folders(disk: Path) -> dict[str, str]:
+    """Environment variables for compile caches on a `disk` of one's own."""
+    return {"TORCHINDUCTOR_CACHE_DIR": str(disk / "inductor"), "TRITON_CACHE_DIR": str(disk / "triton")}
+
+
+def start_up(options: Options, variables: dict[str, str], archives: Path) -> tuple[float, list[str]]:
+    """(seconds from launch to the clock's start, what the log says of them). The run is ended at its first step."""
+    folder = Path(options.out_dir).absolute() / "start-up"
+    command = [*command_of(options, 1337, folder), f"--compile_cache={archives}"]
+    began, started = time.time(), False
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=errors
+        )
+        while process.poll() is None:
+            time.sleep(0.2)
+            metrics = folder / "metrics.jsonl"
+            if metrics.exists() and metrics.stat().st_mtime >= began and '"start"' in metrics.read_text():
+                started = True
+                end_run(options, process, folder)
+        if not started:
+            raise CommandError(f"failed: {what_it_said(errors)}")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    event = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    lines = (folder / "log.txt").read_text().rpartition("\nend of source\n")[2].splitlines()
+    return event["time"] - began, [line for line in lines if line.startswith(("compile caches:", "warm-up"))]
+
+
+def end_run(options: Options, process: subprocess.Popen, folder: Path) -> None:
+    """End a run that has begun; one rank at once, without its checkpoint of several GB."""
+    if options.gpus == 1:
+        process.kill()
+    else:  # torchrun's ranks would outlive it
+        (folder / "stop").touch()
+    process.wait()
+
+
+def what_it_said(errors: IO[str]) -> str:
+    """A failed process's own words in one line; their last page goes to stderr."""
+    errors.seek(0)
+    lines = [line.rstrip() for line in errors.read().strip().splitlines()]
+    print("\n".join(lines[-SHOWN_LINES:]), file=sys.stderr, flush=True)
+    return " / ".join(([line for line in lines if "rror: " in line] or lines)[-3:])  # torchrun's come last
+
+
+def run_once(options: Options, seed: int, variables: dict[str, str]) -> dict[str, float]:
+    """One run: loss, seconds on the clock, milliseconds a step by stage, seconds until the first step, memory."""
+    folder = Path(options.out_dir).absolute() / f"seed-{seed}"
+    command, began = command_of(options, seed, folder), time.time()
+    with tempfile.TemporaryFile("w+") as errors:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=errors
+        )
+        if done.returncode:
+            raise CommandError(f"status {done.returncode}: {what_it_said(errors)}")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 6 GB a run that nobody goes on with
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    steps = [event for event in events if event["event"] == "train"]
+    (start,) = [event for event in events if event["event"] == "start"]
+    (end,) = [event for event in events if event["event"] == "end"]
+    found = {"loss": end["val_loss"], "seconds": end["train_ms"] / 1e3, "start-up": start["time"] - began}
+    for number, stage in enumerate(TOKENS):
+        first = number * STAGE_STEPS + SKIPPED
+        found[stage] = statistics.mean(event["ms"] for event in steps[first : (number + 1) * STAGE_STEPS])
+    found["GiB"] = max(event["memory_gib"] or 0.0 for event in steps)
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Make the runs and print the table."""
+    options = parse(Options, argv, prog="benchmarks/speedrun.py", description=__doc__)
+    if not options.dataset:
+        raise UserError(
+            "--dataset=: name a folder of token shards, such as one that nanogpt/data/*/prepare.py wrote"
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("--gpus: this machine has no GPU that torch can use; run it where there is one")
+    print(
+        f"{torch.cuda.get_device_name()} x {options.gpus}, torch {torch.__version__}, flags: {options.flags or 'none'}",
+        flush=True,
+    )
+    runs, failures = [], []
+    with tempfile.TemporaryDirectory(prefix="nanogpt-cold-") as disks:
+        variables = print_start_ups(options, Path(disks), failures) if options.cold else {}
+        for seed in range(1337, 1337 + options.seeds):
+            try:
+                runs.append(run_once(options, seed, variables))
+            except CommandError as error:
+                failures.append(f"seed {seed}: {error}")
+                print(failures[-1], flush=True)
+                continue
+            print(
+                f"seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in runs[-1].items()),
+                flush=True,
+            )
+    if runs:
+        print_table(options, runs)
+    if failures:
+        raise CommandError(f"{len(failures)} of the starts failed: {failures[0]}")
+    if options.plot:
+        plot(options)
+
+
+def print_table(options: Options, runs: list[dict[str, float]]) -> None:
+    """The runs' means beside the record code's figures."""
+    mean = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
+    print(f"\n{'':10} {'ours':>10} {'record':>10} {'ratio':>7} {'tokens/s':>12} {'of peak':>8}")
+    for name, value in mean.items():
+        theirs = RECORD.get(name)
+        ratio = value / theirs if theirs else float("nan")
+        row = f"{name:10} {value:10.4f} {theirs or float('nan'):10.4f} {ratio:7.3f}"
+        if name in TOKENS:
+            speed = 1e3 * TOKENS[name] / value
+            row += f" {speed:12,.0f} {100 * speed * FLOPS_PER_TOKEN / (PEAK * options.gpus):7.1f}%"
+        print(row, flush=True)
+
+
+def plot(options: Options) -> None:
+    """Loss curves of the runs, with the record code's final loss as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for seed in range(1337, 1337 + options.seeds):
+        lines = (Path(options.out_dir) / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines]
+        training = [(event["step"], event["loss"]) for event in events if event["event"] == "train"]
+        validation = [(event["step"], event["val_loss"]) for event in events if event["event"] == "val"]
+        (line,) = axes.plot(*zip(*training, strict=True), linewidth=1, label=f"seed {seed}, training")
+        axes.plot(*zip(*validation, strict=True), "o", color=line.get_color(), markersize=5)
+    axes.axhline(RECORD["loss"], color="gray", linestyle="--", linewidth=1)
+    axes.annotate(f"record code, final: {RECORD['loss']}", (0, RECORD["loss"]), xytext=(0, 4),
+                  textcoords="offset points", fontsize=9)  # fmt: skip
+    axes.set(
+        xlabel="step", ylabel="loss (dots: validation)", title="Speedrun, 105 + 6 steps on a small corpus"
+    )
+    axes.legend()
+    figure.savefig(options.plot, dpi=130)
+
+
+if __name__ == "__main__":
+    run_command(main)

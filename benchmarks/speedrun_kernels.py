@@ -1,0 +1,385 @@
+"""The speedrun's head and MLP on one GPU: our kernels beside their plain twins compiled by inductor.
+
+    python benchmarks/speedrun_kernels.py
+    python benchmarks/speedrun_kernels.py --tokens=49152 --sweep=true
+
+Sizes are track 1's: width 768, hidden 3,072, vocabulary 50,304; tokens are those of one lane in the three stages. Times
+are the GPU's alone, medians of both, measured in turns. TFLOP/s count the matrix products, GB/s what has to be read and
+written at least once. `--sweep` also times other tiles for the kernels, to choose from. What fails is named in its row
+and the others go on. The last line is JSON for programs.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from nanogpt.common.errors import UserError, run_command
+from nanogpt.common.flags import knob, parse
+
+WIDTH, HIDDEN, VOCABULARY = 768, 3072, 50_304
+SOFTCAP = (23.0, 5.0, 7.5)
+QUEUE = 20_000_000  # cycles, about 11 ms: the GPU sleeps so long before what is timed, while it is launched
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    tokens: str = knob("16384,32768,49152", "tokens of a lane, separated by commas")
+    rounds: int = knob(10, "measure each so many times", low=1)
+    sweep: bool = knob(False, "also time other tiles, at the last number of tokens")
+    device: str = knob("auto", "auto, cuda or cuda:N")
+
+    def counts(self) -> list[int]:
+        """Numbers of tokens. UserError for what is none, or fits no FP8 product."""
+        words = self.tokens.split(",")
+        if not all(word.strip().isdecimal() and int(word) > 0 and int(word) % 16 == 0 for word in words):
+            raise UserError(f"--tokens={self.tokens}: expected multiples of 16, separated by commas")
+        return [int(word) for word in words]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure: our call, the twin's (None: there is none), and the least work it takes."""
+
+    name: str
+    ours: Callable[[], object]
+    twin: Callable[[], object] | None
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    settings = parse(Settings, argv, prog="benchmarks/speedrun_kernels.py", description=__doc__)
+    counts = settings.counts()
+    import torch
+
+    from modded_nanogpt.kernels import fp8
+    from nanogpt.common import hardware
+    from nanogpt.common.ranks import choose_device
+
+    device = choose_device(settings.device, 0)
+    if device.type != "cuda":
+        raise UserError(
+            f"--device={settings.device}: these kernels need a CUDA GPU, and torch sees none here"
+        )
+    torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    choice = fp8.choose("auto", device)
+    print(f"{hardware.describe(device)}; torch {torch.__version__}; FP8: {choice.why}")
+    titles = f"{'ours':>9} {'twin':>9} {'ratio':>6} {'TFLOP/s':>8} {'GB/s':>6}"
+    print(f"{'':44} {'tokens':>7} {titles}", flush=True)
+    rows = []
+    for tokens in counts:
+        for make in (head_cases, head_pieces, table_cases, mlp_cases, mlp_pieces):
+            rows += table_rows(make, tokens, device, choice, settings.rounds)
+    if settings.sweep:
+        for make in (row_kernel_sweep, tile_sweep):
+            rows += table_rows(make, counts[-1], device, choice, settings.rounds)
+    print(json.dumps({"device": hardware.describe(device), "torch": torch.__version__, "rows": rows}))
+
+
+def table_rows(
+    make: Callable[..., Iterator[Case]], tokens: int, device: object, choice: object, rounds: int
+) -> list[dict[str, object]]:
+    """The rows of the cases that `make` yields one after the other; when it fails, those that it had yielded."""
+    import torch
+
+    rows = []
+    try:
+        for case in make(tokens, device, choice):
+            rows.append(measured(case, tokens, rounds))
+    except Exception as error:  # memory for a case's inputs: other cases need less
+        faults = [fault_of("inputs", error)]
+        rows.append({"name": make.__name__, "tokens": tokens, "ms": {}, "faults": faults})
+        print(f"{make.__name__:44} {tokens:7,}", *faults, flush=True)
+    torch.cuda.empty_cache()
+    return rows
+
+
+def fault_of(what: str, error: Exception) -> str:
+    """An error in one line."""
+    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:80]}"
+
+
+def measured(case: Case, tokens: int, rounds: int) -> dict[str, object]:
+    """One row of the table, printed. What does not fit in memory or in a multiprocessor has no time."""
+    import torch
+
+    calls = {"ours": case.ours, "twin": case.twin}
+    times: dict[str, list[float]] = {}
+    faults = []
+    for name, call in calls.items():
+        try:
+            if call is not None:
+                for _ in range(3):
+                    call()
+                torch.cuda.synchronize()  # so that a kernel that fails, fails here
+                times[name] = []
+        except Exception as error:  # memory, or a tile that no multiprocessor holds: the others go on
+            faults.append(fault_of(name, error))
+    for _ in range(rounds):
+        for name, found in times.items():
+            found.append(milliseconds(calls[name]))
+    median = {name: statistics.median(found) for name, found in times.items()}
+    row = {"name": case.name, "tokens": tokens, "ms": median, "faults": faults}
+    ours, twin = median.get("ours"), median.get("twin")
+    text = f"{case.name:44} {tokens:7,}"
+    text += "".join(f" {'-' if ms is None else f'{ms:.3f}':>9}" for ms in (ours, twin))
+    text += f" {twin / ours:6.2f}" if ours and twin else f" {'-':>6}"
+    for key, amount, unit, columns in (("tflops", case.flops, 1e9, 8), ("gb_s", case.bytes, 1e6, 6)):
+        row[key] = amount / ours / unit if ours and amount else None
+        text += f" {f'{row[key]:.0f}' if row[key] else '-':>{columns}}"
+    print(text, *faults, flush=True)
+    return row
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """The GPU's time for a call, its launches queued while the GPU sleeps."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(QUEUE)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def head_inputs(tokens: int, device: object) -> dict:
+    """A lane of stage 1: two further targets, a prefix for half of the tokens."""
+    import torch
+
+    x = torch.nn.functional.rms_norm(torch.randn(tokens, WIDTH, device=device), (WIDTH,)).bfloat16()
+    head = (0.05 * torch.randn(VOCABULARY, WIDTH, device=device)).bfloat16()
+    targets, prefix = (torch.randint(VOCABULARY, (tokens,), device=device) for _ in range(2))
+    return {
+        "x": x.requires_grad_(),
+        "head": head.requires_grad_(),
+        "targets": targets,
+        "prefix_targets": torch.where(prefix % 2 == 0, prefix, -1),
+        "mtp": torch.tensor([1.0, 0.5, 0.25], device=device),
+        "prefix_weight": torch.tensor([0.25], device=device),
+    }
+
+
+def head_cases(tokens: int, device: object, choice: object) -> Iterator[Case]:
+    """The head with its loss, forward and backward, in both precisions."""
+    import torch
+
+    from modded_nanogpt.kernels import cross_entropy
+    from modded_nanogpt.kernels.reference import cross_entropy as reference
+
+    given = head_inputs(tokens, device)
+    compiled = torch.compile(reference.head_loss, fullgraph=True, dynamic=False)
+
+    def backward(loss: torch.Tensor) -> None:
+        given["x"].grad = given["head"].grad = None
+        loss.backward()
+
+    flops = 6 * tokens * WIDTH * VOCABULARY
+    fixed = {"softcap": SOFTCAP, "loss_scale": 1.0}
+    for name, low in (("head loss, bfloat16", False), ("head loss, FP8", True)):
+        if low and not choice.head:
+            continue
+        yield Case(
+            name,
+            lambda low=low: backward(cross_entropy.head_loss(**given, **fixed, fp8=low)),
+            lambda: backward(compiled(**given, softcap=SOFTCAP)),
+            flops,
+        )
+
+
+def head_pieces(tokens: int, device: object, choice: object) -> Iterator[Case]:
+    """What of the head is bound by memory."""
+    import torch
+
+    from modded_nanogpt.kernels import fp8
+
+    yield row_kernel_case(tokens, device, "  loss and gradient of the logits", choice.head)
+    if not choice.head:
+        return
+    grad = torch.empty(tokens, VOCABULARY, dtype=fp8.E5M2, device=device)
+    yield Case(
+        "  transposed copy of the gradient", lambda: fp8.transpose_bytes(grad),
+        lambda: grad.view(torch.uint8).T.contiguous(), bytes=2 * grad.numel(),
+    )  # fmt: skip
+    head = torch.randn(VOCABULARY, WIDTH, device=device).bfloat16()
+    rows = torch.empty(VOCABULARY, WIDTH, dtype=fp8.E4M3, device=device)
+    columns, scale = (
+        torch.empty(WIDTH, VOCABULARY, dtype=fp8.E4M3, device=device),
+        fp8.scales(1, 0.01, device),
+    )
+    yield Case(
+        "  head to e4m3, by row and by column", lambda: fp8.quantise(head[None], scale, rows, columns), None,
+        bytes=4 * head.numel(),
+    )  # fmt: skip
+
+
+def row_kernel_case(tokens: int, device: object, name: str, low: bool) -> Case:
+    """The kernel alone, over logits that were there before."""
+    import torch
+
+    from modded_nanogpt.kernels import cross_entropy, fp8
+
+    given = head_inputs(tokens, device)
+    z = torch.randn(tokens, VOCABULARY, dtype=torch.bfloat16, device=device)
+    grad = torch.empty_like(z, dtype=fp8.E5M2) if low else z
+    losses = torch.empty(tokens, device=device)
+    others = {key: given[key] for key in ("targets", "prefix_targets", "mtp", "prefix_weight")}
+    return Case(
+        name, lambda: cross_entropy._launch(z, losses, SOFTCAP, grad=grad, scale=1.0, **others), None,
+        bytes=z.numel() * (2 + grad.element_size()),
+    )  # fmt: skip
+
+
+def table_cases(tokens: int, device: object, choice: object) -> Iterator[Case]:
+    """The gradient of an embedding table, of tokens as frequent as in text; the twin adds by atomic operations."""
+    import numpy as np
+    import torch
+
+    from modded_nanogpt.kernels import embedding
+
+    share = 1.0 / (np.arange(VOCABULARY) + 2.7)  # Zipf's law, as Mandelbrot wrote it
+    ids = np.random.default_rng(0).choice(VOCABULARY, tokens, p=share / share.sum())
+    runs = embedding.Runs(*(torch.from_numpy(part).int().to(device) for part in embedding.runs_of(ids)))
+    rows = torch.randn(tokens, WIDTH, device=device).bfloat16()
+    table = torch.zeros(VOCABULARY, WIDTH, dtype=torch.bfloat16, device=device)
+    places = torch.from_numpy(ids).to(device)
+    yield Case(
+        "gradient of an embedding table", lambda: embedding.add_rows_(table, rows, runs),
+        lambda: table.index_add_(0, places, rows), bytes=2 * (rows.numel() + 2 * runs.ids.numel() * WIDTH),
+    )  # fmt: skip
+
+
+def mlp_inputs(tokens: int, device: object) -> tuple:
+    """(u, bank of one layer, gradient of the result)."""
+    import torch
+
+    u = torch.nn.functional.rms_norm(torch.randn(tokens, WIDTH, device=device), (WIDTH,)).bfloat16()
+    bank = (torch.randn(1, 2, HIDDEN, WIDTH, device=device) / WIDTH**0.5).bfloat16()
+    return u.requires_grad_(), bank.requires_grad_(), 0.01 * torch.randn_like(u)
+
+
+def mlp_cases(tokens: int, device: object, choice: object) -> Iterator[Case]:
+    """One layer's MLP as the model compiles it, forward alone and with its backward pass."""
+    import torch
+
+    from modded_nanogpt.kernels import mlp as kernels
+    from modded_nanogpt.kernels.reference import mlp as reference
+
+    u, bank, grad = mlp_inputs(tokens, device)
+    up, down = (part.detach().requires_grad_() for part in bank[0])
+    torch._dynamo.reset()  # what was compiled for other numbers of tokens counts towards a limit
+    ours, twin = (torch.compile(f, fullgraph=True, dynamic=False) for f in (kernels.mlp, reference.mlp))
+
+    def both(function: Callable[..., torch.Tensor], *state: object) -> None:
+        u.grad = up.grad = down.grad = None
+        function(u, up, down, *state).backward(grad)
+
+    forms = [("bfloat16", None)]
+    if choice.mlp:
+        for name, backward in (("FP8", False), ("FP8, backward too", True)):
+            state = kernels.Fp8Mlp(bank.detach(), backward=backward)
+            state.refresh(exact=True)
+            forms.append((name, state))
+    flops = 4 * tokens * WIDTH * HIDDEN
+
+    def forward(function: Callable[..., torch.Tensor], *state: object) -> None:
+        with torch.no_grad():
+            function(u, up, down, *state)
+
+    for name, state in forms:
+        if not name.endswith("too"):
+            yield Case(
+                f"MLP forward, {name}",
+                lambda s=state: forward(ours, s),
+                lambda: forward(twin),
+                flops,
+            )
+        yield Case(
+            f"MLP forward and backward, {name}",
+            lambda s=state: both(ours, s),
+            lambda: both(twin),
+            3 * flops,
+        )
+
+
+def mlp_pieces(tokens: int, device: object, choice: object) -> Iterator[Case]:
+    """The fused products alone, beside cuBLAS's product of the same operands without anything after it."""
+    import torch
+
+    from modded_nanogpt.kernels import fp8
+    from modded_nanogpt.kernels import mlp as kernels
+
+    if not choice.mlp:
+        return
+    u, bank, grad = (t.detach() for t in mlp_inputs(tokens, device))
+    up, down = bank[0]
+    post = torch.rand(tokens, HIDDEN, device=device).bfloat16()
+    flops = 2 * tokens * WIDTH * HIDDEN
+    yield Case("  up and ReLU^2, bfloat16", lambda: kernels._launch(u, up, post), lambda: u @ up.T, flops)
+    one = fp8.constant(1.0, device)
+    low_u, low_up = fp8.to_low(u, 0.1), fp8.to_low(up, 0.001)
+    low_post, largest = torch.empty_like(post, dtype=fp8.E4M3), torch.zeros(1, device=device)
+    yield Case(
+        "  up and ReLU^2, FP8 in and out",
+        lambda: kernels._launch(low_u, low_up, post, (one, one), low=low_post, low_scale=one, largest=largest),
+        lambda: fp8.scaled_mm(low_u, low_up.T, one, one, torch.bfloat16), flops,
+    )  # fmt: skip
+    pre_grad = torch.empty_like(post)
+    yield Case(
+        "  gradient before ReLU^2, bfloat16",
+        lambda: kernels._launch(grad, down, pre_grad, post=post), lambda: grad @ down.T, flops,
+    )  # fmt: skip
+
+
+def row_kernel_sweep(tokens: int, device: object, choice: object) -> Iterator[Case]:
+    """The loss kernel with other blocks."""
+    from modded_nanogpt.kernels import cross_entropy
+
+    case = row_kernel_case(tokens, device, "", choice.head)
+    for block, warps in ((2048, 8), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (8192, 32), (16_384, 32)):
+
+        def call(block: int = block, warps: int = warps) -> None:
+            kept = cross_entropy.BLOCK, cross_entropy.WARPS
+            cross_entropy.BLOCK, cross_entropy.WARPS = block, warps
+            try:
+                case.ours()
+            finally:
+                cross_entropy.BLOCK, cross_entropy.WARPS = kept
+
+        yield Case(f"  sweep: row blocks of {block}, {warps} warps", call, None, bytes=case.bytes)
+
+
+def tile_sweep(tokens: int, device: object, choice: object) -> Iterator[Case]:
+    """The MLP's fused products with other tiles."""
+    from modded_nanogpt.kernels import mlp as kernels
+
+    cuts = [
+        (128, 256, 64, 3, 8), (128, 256, 64, 4, 8), (128, 256, 64, 5, 8), (128, 256, 64, 7, 8), (128, 256, 128, 3, 8),
+        (128, 128, 64, 4, 4), (128, 128, 64, 5, 8), (128, 128, 128, 4, 8), (256, 128, 64, 3, 8), (64, 256, 64, 4, 4),
+    ]  # fmt: skip
+    for case in mlp_pieces(tokens, device, choice):
+        for cut in cuts:
+
+            def call(case: Case = case, cut: tuple[int, ...] = cut) -> None:
+                kept, kernels.tiles = kernels.tiles, lambda *_: kernels.Tiles(*cut)
+                try:
+                    case.ours()
+                finally:
+                    kernels.tiles = kept
+
+            yield Case(f"  sweep:{case.name[1:30]} {cut}", call, None, case.flops)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,157 @@
+"""Where a lane's time goes: milliseconds by kind of work, for each stage, forward, backward and optimizer, on one GPU.
+
+python benchmarks/speedrun_profile.py --dataset=/path/of/tokens              # a table a stage
+python benchmarks/speedrun_profile.py --dataset=/path/of/tokens --kernels=40 # and the longest kernels by name
+python benchmarks/speedrun_profile.py --dataset=/path/of/tokens --flags="--fp8=off" --trace=trace.json
+"""
+
+import collections
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from modded_nanogpt import compile_cache, train_gpt
+from nanogpt.common import compiler
+from nanogpt.common.errors import UserError, run_command
+from nanogpt.common.flags import knob, parse, parse_values
+
+# The first pattern that a kernel's name holds decides; all are lower case. What inductor fused is called after every
+# operation in it, so that those names would match anything.
+INDUCTOR = "triton_"
+KINDS = (
+    ("heads composed", ("compose_", "mixed_gradient")),
+    ("attention", ("flash", "attention", "forward_kernel", "query_gradient", "key_gradient", "fmha")),
+    ("loss", ("_row_kernel", "cross_entropy", "loss_kernel")),
+    ("MLP with ReLU^2", ("relu_square",)),
+    ("Muon's symmetric products", ("gram", "symmetric")),
+    ("table gradients", ("add_rows", "sort", "radix", "index")),
+    ("8-bit copies", ("quantise", "transpose")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "cublas", "matmul", "mm_", "splitk")),
+    ("memory set and copied", ("memset", "memcpy", "fillfunctor", "copy_kernel")),
+    ("communication", ("nccl",)),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    dataset: str = knob("", "folder with <name>_train_*.bin and <name>_val_*.bin")
+    flags: str = knob("", "further flags of the trainer, as a shell would split them")
+    lanes_each: int = knob(4, "lanes that are profiled in each stage", low=1, high=64)
+    kernels: int = knob(0, "also list so many kernels by name", low=0, high=1000)
+    trace: str = knob("", "write the trace of the last stage here, for chrome://tracing")
+
+
+def kind_of(name: str) -> str:
+    """The kind of work that a kernel's name tells."""
+    low = name.lower()
+    if low.startswith(INDUCTOR):
+        return "fused elementwise work"
+    for kind, patterns in KINDS:
+        if any(pattern in low for pattern in patterns):
+            return kind
+    return "other"
+
+
+def main(argv: list[str]) -> None:
+    """Build what the trainer builds, warm it up, profile a few lanes and updates of each stage."""
+    options = parse(Options, argv, prog="benchmarks/speedrun_profile.py", description=__doc__)
+    if not options.dataset:
+        raise UserError("--dataset=: name a folder of token shards")
+    compiler.use_local_folders(compile_cache.operators())  # before torch is imported
+    train_gpt.choose_allocator()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("--dataset: this machine has no GPU that torch can use; run it where there is one")
+    from modded_nanogpt import schedule, setup
+    from modded_nanogpt.batches import TrainBatches, ValBatches
+    from modded_nanogpt.config import PRESETS, Config
+    from nanogpt.common import ranks as ranks_module
+    from nanogpt.common import training
+
+    words = [f"--dataset={Path(options.dataset).resolve()}", "--steps=105", "--extension_steps=6", "--repeat_data=true",
+             "--eval_tokens=262144", *shlex.split(options.flags)]  # fmt: skip
+    config = Config(**parse_values(Config, words, prog="trainer", description="", presets=PRESETS))
+    ranks = ranks_module.start("cuda", "auto")
+    token_set = training.checked_tokens(config, ranks, print)
+    began = time.perf_counter()
+    state = setup.build(config, ranks)
+    place = (0, 1, ranks.device)
+    batches, val_batches = TrainBatches(token_set, config, *place), ValBatches(token_set, config, *place)
+    setup.warm_up(config, state, ranks, batches, val_batches, print)
+    print(f"built and warm after {time.perf_counter() - began:.1f} s", flush=True)
+    state.model.init_weights(config.seed)
+    if state.fp8_mlp:  # as `setup.start_or_resume` does
+        state.model.fp8.load(state.fp8_start)
+        state.model.fp8.refresh(exact=True)
+    for stage in schedule.stages(config)[:3]:
+        profile_stage(options, config, state, ranks, batches, stage)
+
+
+def profile_stage(options: Options, config, state, ranks, batches, stage) -> None:
+    """Time and profile lanes and one Adam and one other update of a stage; print the table."""
+    import torch
+
+    from modded_nanogpt import lanes, schedule, setup
+
+    step = schedule.at(config, stage.start)
+    ready = [batches.get(stage.start, number) for number in range(options.lanes_each)]
+    for batch in ready:
+        lanes.train_lane(state, ranks, batch, step)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for batch in ready:
+        lanes.train_lane(state, ranks, batch, step)
+    torch.cuda.synchronize()
+    lane_ms = 1e3 * (time.perf_counter() - began) / len(ready)
+    print(
+        f"\nstage {stage.name}: lanes of {stage.batch_tokens // 8:,} tokens, {lane_ms:.2f} ms a lane without profiler"
+    )
+    for what, number in (("lane", len(ready)), ("update", 2)):
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            for index in range(number):
+                if what == "lane":
+                    lanes.train_lane(state, ranks, ready[index], step)
+                    continue
+                odd = schedule.at(config, stage.start + index)  # one update with Adam, one without
+                lanes.train_lane(state, ranks, ready[0], odd)
+                torch.cuda.synchronize()
+                state.optimizer.step(odd)
+                setup.refresh_fp8(state, ranks, odd.exact_fp8)
+            torch.cuda.synchronize()
+        print_table(options, what, profiler, number)
+    if options.trace:
+        profiler.export_chrome_trace(options.trace)
+
+
+def print_table(options: Options, what: str, profiler, number: int) -> None:
+    """Milliseconds of GPU time by kind of work, for one lane or update (updates: with one lane each)."""
+    import torch
+
+    spent, names = collections.Counter(), collections.Counter()
+    for event in profiler.events():
+        # Annotations of regions, such as a whole compiled graph, are mirrored on the GPU: no kernels.
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            spent[kind_of(event.name)] += event.time_range.elapsed_us()
+            names[event.name] += event.time_range.elapsed_us()
+    total = sum(spent.values())
+    print(
+        f"  {what}{' (and its lane)' if what == 'update' else ''}: {total / number / 1e3:.2f} ms of kernels"
+    )
+    for kind, microseconds in spent.most_common():
+        print(f"    {kind:28} {microseconds / number / 1e3:8.3f} ms  {100 * microseconds / total:5.1f} %")
+    for name, microseconds in names.most_common(options.kernels):
+        print(f"      {microseconds / number / 1e3:8.3f} ms  {name[:110]}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run_command(main)

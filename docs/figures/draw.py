@@ -1,0 +1,49 @@
+"""Draws the pictures of docs/ from the code they show: python docs/figures/draw.py [FOLDER]"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from modded_nanogpt import schedule
+from modded_nanogpt.config import Config
+
+
+def draw_schedule(path: Path) -> None:
+    """Learning rate, momentum, batch, windows and loss weights of track 1 by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    config = Config()
+    steps = range(schedule.total_steps(config))
+    plans = [schedule.at(config, step) for step in steps]
+    figure, panels = plt.subplots(4, 1, figsize=(8, 8), sharex=True, layout="constrained")
+    rows = (
+        ("learning rate (factor)\nand Muon's momentum", (("learning rate", lambda p: p.lr),
+                                                         ("momentum", lambda p: p.momentum))),
+        ("tokens a step (thousands)", (("batch", lambda p: p.batch_tokens / 1e3),)),
+        ("attention window (tokens)", (("long", lambda p: p.long_window), ("short", lambda p: p.short_window))),
+        ("loss weights", (("second next token", lambda p: p.mtp[1]), ("third next token", lambda p: p.mtp[2]),
+                          ("longest prefix", lambda p: p.prefix))),
+    )  # fmt: skip
+    for axes, (label, lines) in zip(panels, rows, strict=True):
+        for name, value in lines:
+            axes.plot(steps, [value(plan) for plan in plans], label=name)
+        axes.set_ylabel(label, fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        for stage in schedule.stages(config)[1:]:
+            axes.axvline(stage.start, color="gray", linewidth=0.6, linestyle=":")
+    untie = schedule.untying_step(config)
+    panels[1].annotate("embedding leaves the head", (untie, 270), xytext=(untie + 25, 180), fontsize=8,
+                       arrowprops={"arrowstyle": "-", "linewidth": 0.6})  # fmt: skip
+    panels[-1].set_xlabel("step")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
+    draw_schedule(folder / "schedule.png")

@@ -1,0 +1,270 @@
+"""The tokens of each micro-step, packed as attention wants them, and those of the validation.
+
+`data_plan` decides which documents a lane has; here they are read, put one behind the other and sent to the GPU, the
+next batch while the current one is computed. Documents stay visible as `cu_seqlens`, the boundaries that attention
+does not look across; everything else may. A document's last token is followed by the next one's end-of-text token.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modded_nanogpt import layer_plan, schedule
+from modded_nanogpt.config import Config, resolve
+from modded_nanogpt.data_plan import DataPlan, check_validation, check_vocabulary, plan_data, tokens_needed
+from modded_nanogpt.kernels.embedding import Runs, runs_of
+from nanogpt.common.shards import Shard, TokenSet
+
+__all__ = ["Batch", "TrainBatches", "ValBatches", "tokens_needed"]
+
+# Length of cu_seqlens by tokens of a lane: what the record uses on FineWeb. It has to be fixed (the compiled graph is
+# static) and short (some attention kernels take longer for every entry).
+BOUNDARIES = {16_384: 64, 32_768: 96, 49_152: 128}
+USUAL_DOCUMENT = 300  # tokens; for other lane sizes
+STEP = 32  # a text with more documents than expected gets so many entries more, as often as needed
+
+BIGRAM_FACTORS = (36_313, 27_191)  # of a token and of the one before it, for the bigram hash
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One lane: L tokens of whole and cut documents, one behind the other."""
+
+    inputs: Tensor  # int32 (L,)
+    targets: Tensor  # int64 (L,): the token after each input
+    # int32 (N,): 0, where each document ends, then L again and again; N is fixed for each L.
+    cu_seqlens: Tensor
+    bigram_rows: Tensor | None  # int32 (L,): rows of the bigram table; None without one
+    sign_rows: Tensor | None  # int32 (L,): rows of the table of signs
+    bigram_rows_cpu: Tensor | None  # the same as bigram_rows, where the CPU can read it
+    token_runs: Runs  # the inputs by token, for the gradients of embeddings
+    bigram_runs: Runs | None  # the bigram rows by row
+    max_document: int  # no document is longer, in tokens
+
+    def to(self, device: torch.device) -> "Batch":
+        """On `device`, copied without waiting."""
+        if device.type == "cpu":
+            return self
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if name != "bigram_rows_cpu" and isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=True)
+            elif isinstance(value, Runs):
+                values[name] = Runs(*(tensor.to(device, non_blocking=True) for tensor in value))
+        return Batch(**values)
+
+
+class TrainBatches:
+    """The training batches of one rank: `get(step, micro_step)`. They depend on step and lane alone."""
+
+    def __init__(
+        self, token_set: TokenSet, config: Config, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self.config, self.rank, self.device = config, rank, device
+        self.layout = resolve(config, world_size)
+        self.plan: DataPlan = plan_data(token_set, config)  # UserError when the data is too short
+        self.shards = token_set.shards_train
+        self.stages = schedule.stages(config)
+        self._stage_of = [
+            index for index, stage in enumerate(self.stages) for _ in range(stage.start, stage.end)
+        ]
+        self._packer = _Packer(config, device.type == "cuda")
+        self._open_shard: tuple[int, np.ndarray] | None = None
+        self._next_step = 0
+        # On a GPU the next batch is read while this one is computed, and the next shard long before its turn.
+        self._reader = None
+        # The thread's pinned memory belongs to this rank's GPU, not to the first one.
+        if device.type == "cuda":
+            self._reader = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
+        self._ahead: tuple[tuple[int, int], Future] | None = None
+
+    def get(self, step: int, micro_step: int) -> Batch:
+        """What this rank computes in micro-step `micro_step` of `step`, on the device. Any order will do."""
+        if self._ahead and self._ahead[0] == (step, micro_step):
+            batch = self._ahead[1].result()
+        elif self._reader is not None:
+            batch = self._reader.submit(self._read, step, micro_step).result()
+        else:
+            batch = self._read(step, micro_step)
+        last = micro_step + 1 == self.layout.micro_steps
+        following = (step + 1, 0) if last else (step, micro_step + 1)
+        if self._reader is not None and following[0] < self.layout.total_steps:
+            self._ahead = (following, self._reader.submit(self._read, *following))
+        if last:
+            self._next_step = step + 1
+        return batch.to(self.device)
+
+    def boundaries(self, lane_tokens: int) -> int:
+        """Length of cu_seqlens for lanes of `lane_tokens`."""
+        return boundaries(lane_tokens, self.plan.most_documents[lane_tokens])
+
+    def state(self) -> dict[str, int]:
+        """Where the step after the last whole one begins, as JSON."""
+        return {"step": self._next_step, **self.plan.position(self._next_step)}
+
+    def restore(self, state: dict[str, int]) -> str:
+        """Go on after a checkpoint with that `state`; returns a line to log when the data is not what it was."""
+        self._next_step, self._ahead = int(state["step"]), None
+        now = self.state()
+        if now == state:
+            return ""
+        return f"the data has changed: step {now['step']} began at {state}, now at {now}"
+
+    def _read(self, step: int, micro_step: int) -> Batch:
+        stage = self.stages[self._stage_of[step]]
+        lane, size = self.layout.lane(micro_step, self.rank), stage.batch_tokens // self.layout.lanes
+        index = int(self.plan.shard[step])
+        first, after = self.plan.first[step, lane : lane + 2]
+        documents = self.plan.documents[index]
+        starts = documents.starts[first:after]
+        ends = np.append(documents.starts[first + 1 : after + 1], documents.num_tokens)[: len(starts)]
+        lengths = np.minimum(ends - starts, stage.max_document)
+        lengths[-1] -= lengths.sum() - (size + 1)
+        tokens = self._tokens(index)
+        pieces = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        return self._packer.pack(
+            np.concatenate(pieces), lengths.cumsum(), self.boundaries(size), stage.max_document
+        )
+
+    def _tokens(self, index: int) -> np.ndarray:
+        """The tokens of shard `index`, mapped; the one after it is asked for."""
+        if self._open_shard is None or self._open_shard[0] != index:
+            self._open_shard = (index, self.shards[index].tokens())
+            if self._reader is not None and index + 1 in self.plan.documents:
+                _read_ahead(self.shards[index + 1])
+        return self._open_shard[1]
+
+
+class ValBatches:
+    """The first `eval_tokens` validation tokens in slices of `eval_slice`; slice i belongs to rank i % world_size.
+
+    A slice begins wherever it falls, in the middle of a document too; its documents have no largest length. Iterate:
+    each time gives this rank's (batch, number of predicted tokens), the last slice possibly shorter than the others.
+    """
+
+    def __init__(
+        self, token_set: TokenSet, config: Config, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.slice, self.num_tokens = min(config.eval_slice, config.eval_tokens), config.eval_tokens
+        check_validation(token_set, config)
+        maps = [shard.tokens() for shard in token_set.shards_val]
+        self.tokens = np.concatenate([maps[0][: self.num_tokens + 1], *maps[1:]])[: self.num_tokens + 1]
+        check_vocabulary(token_set, config)
+        self.starts = np.flatnonzero(self.tokens == (-1 if token_set.eot is None else token_set.eot))
+        self._packer = _Packer(config, device.type == "cuda")
+        inside = [len(self._documents(*bounds)) + 1 for bounds in self._slices()]
+        self.boundaries = boundaries(self.slice, max(inside))
+
+    def __iter__(self) -> Iterator[tuple[Batch, int]]:
+        for start, end in self._slices()[self.rank :: self.world_size]:
+            ends = np.append(self._documents(start, end), end) - start
+            batch = self._packer.pack(self.tokens[start : end + 1], ends, self.boundaries, end - start)
+            yield batch.to(self.device), end - start
+
+    def __len__(self) -> int:
+        """Slices of this rank."""
+        return len(self._slices()[self.rank :: self.world_size])
+
+    def _slices(self) -> list[tuple[int, int]]:
+        return [
+            (start, min(start + self.slice, self.num_tokens))
+            for start in range(0, self.num_tokens, self.slice)
+        ]
+
+    def _documents(self, start: int, end: int) -> np.ndarray:
+        """Where documents begin inside the slice, its first token left out."""
+        return self.starts[np.searchsorted(self.starts, start + 1) : np.searchsorted(self.starts, end)]
+
+
+def boundaries(lane_tokens: int, most_documents: int) -> int:
+    """Length of cu_seqlens: what is usual for lanes of that size, more when the text has shorter documents."""
+    usual = BOUNDARIES.get(lane_tokens, -(-lane_tokens // (USUAL_DOCUMENT * 128)) * 128)
+    missing = max(0, most_documents + 1 - usual)
+    return usual + -(-missing // STEP) * STEP
+
+
+def blank_batch(
+    config: Config, tokens: int, num_boundaries: int, max_document: int, device: torch.device
+) -> Batch:
+    """A lane of one document of `tokens` tokens 0, shaped like any other: for compiling."""
+    packer, zeros = _Packer(config, device.type == "cuda"), np.zeros(tokens + 1, np.uint16)
+    return packer.pack(zeros, np.array([tokens]), num_boundaries, max_document).to(device)
+
+
+def bigram_rows(tokens: np.ndarray, rows: int) -> np.ndarray:
+    """The bigram table's row for each of `tokens` [n] and the one before it: int64 [n], below `rows`.
+
+    The last row stands for the first token, which has none before it. (Hash embeddings: Svenstrup et al. 2017, arXiv
+    1709.03933; bigrams this way: record 62.)
+    """
+    wide = tokens.astype(np.int64)
+    found = np.empty(len(wide), np.int64)
+    found[0] = rows - 1
+    found[1:] = ((BIGRAM_FACTORS[0] * wide[1:]) ^ (BIGRAM_FACTORS[1] * wide[:-1])) % (rows - 1)
+    return found
+
+
+def sign_rows(tokens: np.ndarray, rows: int) -> np.ndarray:
+    """The row of random signs for each of `tokens` [n] and the one before it: int64 [n] (record 83)."""
+    wide = tokens.astype(np.int64)
+    found = np.zeros(len(wide), np.int64)
+    found[1:] = (wide[1:] ^ wide[:-1]) % rows
+    return found
+
+
+class _Packer:
+    """Tokens into a Batch, in page-locked memory when a GPU is to fetch it."""
+
+    def __init__(self, config: Config, pinned: bool) -> None:
+        size = layer_plan.size(config)
+        self.pinned = pinned
+        self.bigram_rows = size.bigram_rows if config.bigram else 0
+        self.sign_rows = size.sign_rows if config.bigram and config.bigram_signs else 0
+
+    def pack(self, tokens: np.ndarray, ends: np.ndarray, num_boundaries: int, max_document: int) -> Batch:
+        """`tokens` uint16 [L + 1] and where its documents end (the last may lie past L)."""
+        length = len(tokens) - 1
+        cu_seqlens = np.full(num_boundaries, length, np.int32)
+        cu_seqlens[0] = 0
+        cu_seqlens[1 : len(ends) + 1] = np.minimum(ends, length)
+        inputs = tokens[:-1]
+        bigrams = bigram_rows(inputs, self.bigram_rows) if self.bigram_rows else None
+        bigram = None if bigrams is None else self._tensor(bigrams, torch.int32)
+        return Batch(
+            inputs=self._tensor(inputs, torch.int32),
+            targets=self._tensor(tokens[1:], torch.int64),
+            cu_seqlens=self._tensor(cu_seqlens, torch.int32),
+            bigram_rows=bigram,
+            sign_rows=self._tensor(sign_rows(inputs, self.sign_rows), torch.int32)
+            if self.sign_rows
+            else None,
+            bigram_rows_cpu=bigram,
+            token_runs=self._runs(inputs),
+            bigram_runs=None if bigrams is None else self._runs(bigrams),
+            max_document=min(max_document, length),
+        )
+
+    def _runs(self, ids: np.ndarray) -> Runs:
+        return Runs(*(self._tensor(part, torch.int32) for part in runs_of(ids)))
+
+    def _tensor(self, values: np.ndarray, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(len(values), dtype=dtype, pin_memory=self.pinned)
+        tensor.numpy()[:] = values
+        return tensor
+
+
+def _read_ahead(shard: Shard) -> None:
+    """Ask the system to fetch a file into memory; nothing happens where it cannot."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    try:
+        with shard.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    except OSError:
+        return  # the batch that needs it will say what is wrong

@@ -1,0 +1,118 @@
+"""FineWeb, or any other text, in GPT-2's tokens, laid out as the speedrun's published shards are.
+
+    python modded_nanogpt/data/fineweb.py                                     # the sample of 10 billion tokens
+    python modded_nanogpt/data/fineweb.py --text_files='/data/mine/*.jsonl' --name=mine --val_tokens=2000000
+
+The documents stay in their order, each behind an end-of-text token, and are cut into shards wherever 100 million
+tokens are full. The first shard is for validation. From the hub, from Parquet files or from JSON lines; memory stays
+bounded; interrupted at any moment, the next call goes on after the last complete shard. The tokens do not depend on
+--num_workers. The published tokens come quicker: cached_fineweb10B.py.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[2]
+    )  # the repository root, so that `import nanogpt` works
+
+from nanogpt.common.errors import UserError, run_command
+from nanogpt.common.flags import knob, parse
+
+if TYPE_CHECKING:
+    from nanogpt.data.sources import Source
+    from nanogpt.data.token_stream import ShardWriter
+
+PROG = "modded_nanogpt/data/fineweb.py"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The command line."""
+
+    data_root: str = knob("", "folder that holds the token sets (default $DATA_ROOT, else data/)")
+    name: str = knob("fineweb", "name of the token set and its folder")
+    repository: str = knob(
+        "HuggingFaceFW/fineweb", "data set on the hub, in Parquet files with a text column"
+    )
+    revision: str = knob("main", "its branch or commit")
+    files: str = knob("sample/10BT/*.parquet", "which files of it")
+    text_files: str = knob("", "read these files instead: a glob pattern; *.parquet, or JSON lines")
+    max_documents: int = knob(0, "stop after so many documents, 0: all", low=0)
+    shard_tokens: int = knob(100_000_000, "tokens in one shard", low=1024, high=1_000_000_000)
+    val_tokens: int = knob(
+        0, "tokens for validation, from the beginning; 0: one shard", low=0, high=1_000_000_000
+    )
+    num_workers: int = knob(0, "threads that encode, 0: one a core", low=0, high=512)
+
+
+def main(argv: list[str]) -> None:
+    """Make the set, go on making it, mend it, or say that it is there."""
+    config = parse(Config, argv, prog=PROG, description=__doc__)
+    if not config.name or not config.name.replace("_", "").replace("-", "").isalnum():
+        raise UserError(f"--name={config.name!r}: expected letters, digits, _ and -")
+    from nanogpt.common.shards import data_root, open_token_set
+    from nanogpt.common.storage import make_folder
+    from nanogpt.data.resume import recover
+    from nanogpt.data.sources import Hub, local_source
+    from nanogpt.data.token_stream import ShardWriter
+
+    root = data_root(config.data_root)
+    folder = root / config.name
+    if config.text_files:
+        source = local_source(config.text_files)
+    else:
+        source = Hub(config.repository, config.revision, files=config.files)
+    val_tokens = config.val_tokens or config.shard_tokens
+    settings = {
+        "max_documents": config.max_documents,
+        "shard_tokens": config.shard_tokens,
+        "val_first": val_tokens,
+    }
+    made_from = {**source.identity, **settings}
+    make_folder(folder)
+    state = recover(folder, made_from, report=lambda line: print(line, flush=True))
+    if state is not None:
+        source.commit = state.commit
+        if state.files:
+            print(f"{config.name}: {len(state.files)} shards are there; going on", flush=True)
+        shards = ShardWriter(config.name, folder, config.shard_tokens, made_from, state, val_first=val_tokens)
+        _make(config, source, root, shards)
+    found = open_token_set(config.name, root)
+    print(
+        f"{config.name}: {'already prepared and verified' if state is None else 'prepared'}: "
+        f"{found.num_tokens('train'):,} training tokens in {len(found.shards_train)} shards, "
+        f"{found.num_tokens('val'):,} for validation, in {found.folder}"
+    )
+
+
+def _make(config: Config, source: "Source", root: Path, shards: "ShardWriter") -> None:
+    from nanogpt.common.gpt2_encoding import gpt2_encoding
+    from nanogpt.common.progress import Progress
+    from nanogpt.data.token_stream import AlreadyDone, tokenize
+
+    encoding = gpt2_encoding(root)
+    total = source.total_bytes() if not config.max_documents else None
+    with Progress(f"tokenizing {config.name}") as bar:
+        try:
+            tokenize(
+                source,
+                encoding,
+                shards,
+                workers=config.num_workers or len(os.sched_getaffinity(0)),
+                val_every=0,
+                max_documents=config.max_documents,
+                report=lambda chars, documents, tokens: bar.update(
+                    chars, total, f"{documents:,} documents, {tokens:,} tokens"
+                ),
+            )
+        except AlreadyDone:
+            print(f"{config.name}: another process has finished it meanwhile", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,356 @@
+"""The MLP: post = relu(u up^T)^2, out = post down, with the activation inside of the first product's kernel.
+
+ReLU^2: Primer (arXiv 2109.08668). Only `post` is kept for the backward pass, where relu(u up^T) is its root: d pre =
+2 (g down^T) sqrt(post), again one kernel (records 59 and 87). With FP8 (records 84 and 89) both products of the forward
+pass read e4m3. The norm before bounds |u| by sqrt(d), so its scale is fixed: a floating-point format loses nothing by a
+scale that is too large by a factor of ten. The scale of `post` is not known before it is there; it comes from the
+largest entry of the step before, which the same kernel finds while it writes both `post` and its 8-bit copy.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modded_nanogpt.kernels.fp8 import E4M3, E5M2, LARGEST, constant, quantise, scaled_mm, scales, to_low
+from modded_nanogpt.kernels.launch import INTERPRETED, on_device_of
+from modded_nanogpt.kernels.reference import mlp as reference
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = None
+
+POST_ROOM = 1.8  # record 89: how much larger the largest entry of `post` may become from one step to the next
+WEIGHT_ROOM = 1.12
+# Of gradients in the FP8 backward pass. Of losses summed over tokens they are about 2^-14 to 2^-3 here; e5m2 with this
+# scale reaches from 2^-24 to 224, so nothing has to be measured.
+GRADIENT_SCALE = 2.0**-8
+
+
+class Fp8Layer(NamedTuple):
+    """What one layer's products read. None: that product reads bfloat16."""
+
+    up: Tensor | None  # (h, d) e4m3
+    up_scale: Tensor
+    down: Tensor | None  # (d, h) e4m3: transposed
+    down_scale: Tensor
+    post_scale: Tensor
+    largest: Tensor  # (1,), raised by each forward pass to the largest entry of `post`
+    up_by_column: Tensor | None  # (d, h) e4m3, for the FP8 backward pass
+    down_by_row: Tensor | None  # (h, d) e4m3
+
+
+class Fp8Mlp:
+    """8-bit copies of all layers' weights, and the scales. All tensors stay where they are: compiled graphs read them.
+
+    bank: (layers, 2, h, d) bfloat16, up and down, contiguous; h and d multiples of 16. up, down: which products of the
+    forward pass read 8 bits; backward: also those that form the gradients of pre and of u.
+    Call `refresh` before the first step and after each optimizer step.
+    """
+
+    def __init__(self, bank: Tensor, up: bool = True, down: bool = True, backward: bool = False) -> None:
+        layers, _, hidden, width = bank.shape
+        device = bank.device
+        self.bank = bank
+        self.weight_scale = scales(2 * layers, 1.0, device)  # up and down alternate
+        self.weight_largest = scales(2 * layers, 0.0, device)
+        self.post_scale = scales(layers, 1.0, device)
+
+        def copies(used: bool, *shape: int) -> Tensor | None:
+            return torch.empty(layers, *shape, dtype=E4M3, device=device) if used else None
+
+        self.up, self.up_by_column = copies(up, hidden, width), copies(backward, width, hidden)
+        self.down, self.down_by_row = copies(down, width, hidden), copies(backward, hidden, width)
+        # One storage each: a graph that changes one of several views of a storage is compiled badly.
+        self.largest = [torch.zeros(1, device=device) for _ in range(layers)]
+
+        def of(tensor: Tensor | None, layer: int) -> Tensor | None:
+            return None if tensor is None else tensor[layer]
+
+        self.layers = [
+            Fp8Layer(
+                of(self.up, i), self.weight_scale[2 * i], of(self.down, i), self.weight_scale[2 * i + 1],
+                self.post_scale[i], self.largest[i], of(self.up_by_column, i), of(self.down_by_row, i),
+            )
+            for i in range(layers)
+        ]  # fmt: skip
+
+    @torch.no_grad()
+    def refresh(self, exact: bool, reduce: Callable[[Tensor], object] | None = None) -> None:
+        """New weight copies, and next step's scales.
+
+        exact: measure the weights for their scales, one more pass over them (the first steps: down starts at zero and
+        grows fast); else the largest entries of the last refresh serve, with some room. reduce: takes the maximum of a
+        (layers,) tensor over all ranks, in place, so that every rank, and every number of them, uses the same scales.
+        """
+        largest = torch.cat(self.largest)
+        if reduce is not None:
+            reduce(largest)
+        # Without a forward pass since the last refresh nothing is known.
+        scale = largest * (POST_ROOM / LARGEST[E4M3])
+        self.post_scale.copy_(torch.where(largest > 0, scale, self.post_scale))
+        torch._foreach_zero_(self.largest)
+        if exact:
+            norm = torch.linalg.vector_norm(self.bank, math.inf, dim=(-2, -1), dtype=torch.float32)
+            self.weight_largest.copy_(norm.view(-1))
+        room = (1.0 if exact else WEIGHT_ROOM) / LARGEST[E4M3]
+        self.weight_scale.copy_((self.weight_largest * room).clamp_(min=1e-12))
+        self._copy_weights()
+
+    def _copy_weights(self) -> None:
+        self.weight_largest.zero_()
+        for index, rows, columns in ((0, self.up, self.up_by_column), (1, self.down_by_row, self.down)):
+            if rows is not None or columns is not None:
+                scale, largest = self.weight_scale[index::2], self.weight_largest[index::2]
+                quantise(self.bank[:, index], scale, rows, columns, largest)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint needs, taken after a refresh: the scales now in use."""
+        return {"weight_scale": self.weight_scale.clone(), "post_scale": self.post_scale.clone()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on as after the refresh before `tensors()`; the bank must hold the weights of that moment."""
+        self.weight_scale.copy_(tensors["weight_scale"])
+        self.post_scale.copy_(tensors["post_scale"])
+        torch._foreach_zero_(self.largest)
+        self._copy_weights()
+
+
+@torch.compiler.assume_constant_result
+def fused_pays(device_index: int) -> bool:
+    """Whether the bfloat16 kernel beats cuBLAS and a pass of its own: it has the tiles for Hopper and B200 only."""
+    return torch.cuda.get_device_capability(device_index)[0] in (9, 10)
+
+
+def mlp(u: Tensor, up: Tensor, down: Tensor, fp8: Fp8Mlp | None = None, layer: int = 0) -> Tensor:
+    """relu(u up^T)^2 down. u: (L, d) bfloat16, of RMS 1 at most; up, down: (h, d) bfloat16; returns (L, d).
+
+    fp8: None, or the copies of the bank whose layer `layer` holds up and down, which then receive the gradients only.
+    CPU tensors, and bfloat16 on GPUs that are neither Hopper nor B200, take the plain twin, which inductor fuses.
+    """
+    if fp8 is not None:
+        copies = fp8.layers[layer]
+        low_u = None
+        if copies.up is not None:  # outside of the op, so that it fuses into the norm before
+            low_u = to_low(u.detach(), input_scale(u.shape[1]))
+        out, _, largest = torch.ops.speedrun.mlp(
+            u, up, down, low_u, copies.up, copies.up_scale, copies.down, copies.down_scale, copies.post_scale,
+            copies.up_by_column, copies.down_by_row,
+        )  # fmt: skip
+        # Here, as an op with gradients may not change its arguments.
+        copies.largest.copy_(torch.maximum(copies.largest, largest.detach()))
+        return out
+    if INTERPRETED or (u.is_cuda and fused_pays(u.device.index)):
+        return torch.ops.speedrun.mlp(u, up, down, *[None] * 8)[0]
+    return reference.mlp(u, up, down)
+
+
+def input_scale(width: int) -> float:
+    """That of u: its largest possible entry becomes the largest number of e4m3."""
+    return math.sqrt(width) / LARGEST[E4M3]
+
+
+@torch.library.custom_op("speedrun::mlp", mutates_args=())
+def _mlp(
+    u: Tensor, up: Tensor, down: Tensor, low_u: Tensor | None, low_up: Tensor | None, up_scale: Tensor | None,
+    low_down: Tensor | None, down_scale: Tensor | None, post_scale: Tensor | None,
+    up_by_column: Tensor | None, down_by_row: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out (L, d), post (L, h), its largest entry (1,)). The last two arguments serve the backward pass alone."""
+    post = u.new_empty(u.shape[0], up.shape[0])
+    largest = torch.zeros(1, device=u.device)
+    extra = {}
+    if low_down is not None:
+        extra = {"low": torch.empty_like(post, dtype=E4M3), "low_scale": post_scale, "largest": largest}
+    if low_up is None:
+        _launch(u, up, post, **extra)
+    else:
+        _launch(low_u, low_up, post, (constant(input_scale(u.shape[1]), u.device), up_scale), **extra)
+    if low_down is None:
+        return post @ down, post, largest
+    return scaled_mm(extra["low"], low_down.T, post_scale, down_scale, u.dtype), post, largest
+
+
+@_mlp.register_fake
+def _(u: Tensor, up: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(u), u.new_empty(u.shape[0], up.shape[0]), u.new_empty(1, dtype=torch.float32)
+
+
+@torch.library.custom_op("speedrun::mlp_pre_grad", mutates_args=())
+def _pre_grad(grad: Tensor, post: Tensor, down: Tensor) -> Tensor:
+    """(L, h): 2 (grad down^T) sqrt(post). grad: (L, d)."""
+    out = torch.empty_like(post)
+    _launch(grad.contiguous(), down, out, post=post)
+    return out
+
+
+@_pre_grad.register_fake
+def _(grad: Tensor, post: Tensor, down: Tensor) -> Tensor:
+    return torch.empty_like(post)
+
+
+@torch.library.custom_op("speedrun::mlp_input_grads", mutates_args=())
+def _input_grads(
+    grad: Tensor,
+    post: Tensor,
+    down_by_row: Tensor,
+    down_scale: Tensor,
+    up_by_column: Tensor,
+    up_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `_pre_grad` (L, h), then the gradient of u (L, d), from 8-bit operands."""
+    grad, grad_scale = grad.contiguous(), constant(GRADIENT_SCALE, grad.device)
+    low_grad, out = torch.empty_like(grad, dtype=E5M2), torch.empty_like(post)
+    quantise(grad[None], grad_scale[None], rows=low_grad)
+    low = torch.empty_like(post, dtype=E5M2)
+    _launch(low_grad, down_by_row, out, (grad_scale, down_scale), post=post, low=low, low_scale=grad_scale)
+    return out, scaled_mm(low, up_by_column.T, grad_scale, up_scale, grad.dtype, fast=False)
+
+
+@_input_grads.register_fake
+def _(grad: Tensor, post: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(post), grad.new_empty(grad.shape)
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    u, up, down, _, _, up_scale, _, down_scale, _, up_by_column, down_by_row = inputs
+    ctx.set_materialize_grads(False)  # nobody asks for the gradient by `post`; zeros for it would be large
+    ctx.low = down_by_row is not None
+    kept = (up_by_column, up_scale, down_by_row, down_scale) if ctx.low else (up, down)
+    ctx.save_for_backward(u, output[1], *kept)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    u, post, *kept = ctx.saved_tensors
+    if ctx.low:
+        up_by_column, up_scale, down_by_row, down_scale = kept
+        pre_grad, u_grad = torch.ops.speedrun.mlp_input_grads(
+            grad, post, down_by_row, down_scale, up_by_column, up_scale
+        )
+    else:
+        up, down = kept
+        pre_grad = torch.ops.speedrun.mlp_pre_grad(grad, post, down)
+        u_grad = pre_grad @ up
+    return u_grad, pre_grad.T @ u, post.T @ grad, *(None,) * 8
+
+
+_mlp.register_autograd(_backward, setup_context=_save)
+
+
+class Tiles(NamedTuple):
+    """How a product is cut: a program's tile (m, n), k summed at a time, that many pieces under way, warps."""
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    warps: int
+
+
+def tiles(shared_bytes: int, eight_bit: bool, has_post: bool, has_low: bool) -> Tiles:
+    """For a GPU with so much shared memory a program: as many pieces under way as fit beside what goes in and out."""
+    m, n, k = (128, 256, 64) if shared_bytes >= 220 * 1024 else (128, 128, 64)  # Hopper and B200, or others
+    ends = m * n // 2 * (2 + 2 * has_post + has_low)  # half a tile each of out, post and low
+    stages = (shared_bytes - ends - 2048) // ((m + n) * k * (1 if eight_bit else 2))
+    return Tiles(m, n, k, min(7, stages), 8)
+
+
+def _launch(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    factors: tuple[Tensor, Tensor] | None = None,
+    post: Tensor | None = None,
+    low: Tensor | None = None,
+    low_scale: Tensor | None = None,
+    largest: Tensor | None = None,
+) -> None:
+    """out (M, N) = relu(A B^T)^2, or with `post` (M, N): 2 (A B^T) sqrt(post).  A: (M, K), B: (N, K), row-major.
+
+    factors: scales of an 8-bit A and B. low: (M, N), out / low_scale in 8 bits. largest: (1,), raised to out's largest.
+    """
+    (rows, depth), columns = a.shape, b.shape[0]
+    if columns % 16 or depth % 16:
+        raise ValueError(f"mlp: width and hidden width {depth}, {columns}: must be multiples of 16")
+    if a.is_cuda:
+        properties = torch.cuda.get_device_properties(a.device)
+        programs, shared = properties.multi_processor_count, properties.shared_memory_per_block_optin
+        cut = tiles(shared, factors is not None, post is not None, low is not None)
+    else:
+        programs, cut = 3, Tiles(32, 64, 32, 1, 4)
+    half = [cut.m, cut.n // 2]
+
+    def described(tensor: Tensor | None, block: list[int]) -> "TensorDescriptor | None":
+        return None if tensor is None else TensorDescriptor.from_tensor(tensor, block)
+
+    with on_device_of(a):
+        _relu_square_kernel[(programs,)](
+            described(a, [cut.m, cut.k]), described(b, [cut.n, cut.k]), described(out, half),
+            described(post, half), described(low, half),
+            *(factors or (None, None)), low_scale, largest, rows, columns, depth,
+            TOP=1.0 if low is None else LARGEST[low.dtype], PROGRAMS=programs,
+            BLOCK_M=cut.m, BLOCK_N=cut.n, BLOCK_K=cut.k, num_stages=cut.stages, num_warps=cut.warps,
+        )  # fmt: skip
+
+
+if triton is not None:
+
+    @triton.jit
+    def _finish(sums, row, column, out, post, low, to_low, TOP: tl.constexpr):
+        """Store half a tile; returns the largest entry of each of its rows."""
+        if post is not None:
+            value = 2.0 * sums * tl.sqrt(post.load([row, column]).to(tl.float32))
+        else:
+            value = tl.maximum(sums, 0.0)
+            value *= value
+        out.store([row, column], value.to(out.dtype))
+        if low is not None:
+            low.store([row, column], tl.minimum(tl.maximum(value * to_low, -TOP), TOP).to(low.dtype))
+        return tl.max(value, axis=1)
+
+    @triton.jit
+    def _relu_square_kernel(
+        a, b, out, post, low, a_scale, b_scale, low_scale, largest, M, N, K,
+        TOP: tl.constexpr, PROGRAMS: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """As many programs as multiprocessors, each taking every PROGRAMS-th tile: one tile's stores overlap the next
+        one's loads. Tiles of one row of A follow each other: it is read once, and B stays in the L2 cache.
+
+        a, b, out, post, low are tensor descriptors: copy-engine instructions on Hopper, plain loads before it; what
+        lies beyond an edge reads as zero and is not written.
+        """
+        across = tl.cdiv(N, BLOCK_N)
+        count = tl.cdiv(M, BLOCK_M) * across
+        HALF: tl.constexpr = BLOCK_N // 2
+        factor = 1.0
+        if a_scale is not None:
+            factor = tl.load(a_scale) * tl.load(b_scale)
+        to_low = 1.0
+        if low is not None:
+            to_low = 1.0 / tl.load(low_scale)
+        top = tl.zeros((BLOCK_M,), tl.float32)
+        # Counted apart, or the end of a tile would wait for the next one's loads.
+        done = tl.program_id(0) - PROGRAMS
+        for tile in tl.range(tl.program_id(0), count, PROGRAMS, flatten=True):
+            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k in range(tl.cdiv(K, BLOCK_K)):
+                left = a.load([tile // across * BLOCK_M, k * BLOCK_K])
+                right = b.load([tile % across * BLOCK_N, k * BLOCK_K])
+                sums = tl.dot(left, right.T, sums)
+            done += PROGRAMS
+            row, column = done // across * BLOCK_M, done % across * BLOCK_N
+            # In two halves, each with a store of its own: half as much shared memory for what is on its way out.
+            first, second = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+            top = tl.maximum(top, _finish(first * factor, row, column, out, post, low, to_low, TOP))
+            top = tl.maximum(top, _finish(second * factor, row, column + HALF, out, post, low, to_low, TOP))
+        if largest is not None:
+            tl.atomic_max(largest, tl.max(top, axis=0))

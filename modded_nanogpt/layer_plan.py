@@ -1,0 +1,303 @@
+"""Which layer has what: the only place with layer numbers in it.
+
+A track's map is a table of rows; `layers(config)` returns it with the techniques that the config switches off taken
+out. What the model and the optimizer need besides (how many attention layers, which gates in which order, which
+residuals are kept for later layers) is derived from that.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from nanogpt.common.errors import UserError
+
+if TYPE_CHECKING:
+    from modded_nanogpt.config import Config
+
+VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to a multiple of it for the matrix units
+PRE, POST = (
+    0,
+    1,
+)  # the two gate networks: on the embedding, and on the residual at the start of a middle layer
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of a model; all counts."""
+
+    layers: int
+    width: int
+    heads: int
+    head_dim: int
+    mlp_width: int
+    vocab: int = 50_257
+    padded_vocab: int = 50_304
+    bigram_rows: int = 0  # of the bigram hash table; the last one stands for "no previous token"
+    sign_rows: int = 0  # of the table of random signs
+    value_tables: int = 5
+    # Channels that the sigmoid gates (smear, value embeddings; medium: all of them) look at.
+    gate_dims: int = 12
+    # The track whose model this is in another size: its layers, forward pass and optimizer rows.
+    make: str = "track1"
+
+
+SIZES: dict[str, Size] = {
+    "track1": Size(11, 768, 6, 128, 3072, bigram_rows=377_280, sign_rows=8192),
+    "medium": Size(16, 1024, 8, 128, 4096, gate_dims=16, make="medium"),
+    "small": Size(11, 96, 6, 16, 384, bigram_rows=4096, sign_rows=64),
+    "small_medium": Size(16, 64, 4, 16, 256, gate_dims=16, make="medium"),
+}
+CPU_TRACKS = ("small", "small_medium")  # small enough to train without a GPU
+
+# Techniques that a make has no place for; its preset switches them off, and switching one on is refused.
+LACKS: dict[str, tuple[str, ...]] = {
+    "track1": (),
+    "medium": ("paired_heads", "bigram", "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa", "dc",
+               "attention_at_6"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer does. Every layer has an MLP."""
+
+    index: int
+    attention: bool = True
+    bank: int | None = None  # which slot of the attention banks; None without attention
+    window: str = "short"  # or "long": see `schedule`
+    paired: bool = False  # heads in pairs share a softmax
+    key_offset: bool = False  # the unrotated half of each key is the previous token's
+    value_embed: int | None = None  # the value table added to V
+    value_gate: int | None = None  # which of the value gates scales it: each such layer has one
+    xsa: bool = False  # learnable removal of the value's own direction
+    attention_gate: bool = False  # a gate on each head's output
+    cached_input: bool = False  # attends from the residual that `cached_source` kept, not from its own
+    skip_from: int | None = None  # the layer whose kept output is added before this one
+    inject: bool = True  # the embedding is added, and what stands beside it (bigram or second embedding)
+    keep_output: bool = False  # a later layer or the end of the network reads this layer's output
+    mudd: bool = False  # gated sums of earlier residuals feed this layer, and the end of the network
+    dc: bool = False  # dynamically composed heads
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One entry of a gate network's output: columns `start` to `start + width` belong to `layer`."""
+
+    name: str  # "xsa", "attention_gate", "x0", "bigram", "skip", "dc_w1" or "dc_w2"
+    layer: int
+    tier: int  # PRE or POST
+    start: int
+    width: int  # one a head, or 1
+    init: float  # its value at the start of training, whatever the input
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A track's layers as a table."""
+
+    long: tuple[int, ...]
+    without_attention: tuple[int, ...] = ()
+    paired: tuple[int, ...] = ()
+    value_embeds: tuple[tuple[int, int], ...] = ()  # (layer, table)
+    xsa: tuple[int, ...] = ()
+    attention_gates: tuple[int, ...] = ()
+    cached: tuple[int, ...] = ()  # layers that attend from the output of `cached_source`
+    cached_source: int | None = None
+    skips: tuple[tuple[int, int], ...] = ()  # (from, to)
+    mudd: int | None = None
+    mudd_sources: tuple[int, ...] = ()  # layers whose outputs it reads: an early and a late one
+    backout: int | None = None  # the layer whose output is in part subtracted at the end, where MUDD does not
+    dc: tuple[int, ...] = ()
+    second_tier: int = 4  # the layer at whose start the second gate network is evaluated
+
+
+_MAPS: dict[str, _Map] = {  # by make
+    "track1": _Map(
+        long=(3, 10),
+        without_attention=(6,),
+        paired=(0, 2, 5, 9),
+        value_embeds=((1, 0), (2, 1), (8, 2), (9, 3), (10, 4)),
+        xsa=(1, 3, 4, 7),
+        attention_gates=(3, 10),
+        cached=(8, 9, 10),
+        cached_source=7,
+        skips=((3, 6),),
+        mudd=10,
+        mudd_sources=(3, 7),
+        dc=(10,),
+    ),
+    "medium": _Map(
+        long=(0, 4, 11, 15),
+        value_embeds=tuple((layer, layer % 11) for layer in (0, 1, 2, 3, 4, 11, 12, 13, 14, 15)),
+        attention_gates=tuple(range(16)),
+        skips=((6, 9), (4, 10), (2, 11)),
+        backout=11,
+    ),
+}
+
+
+def size(config: "Config") -> Size:
+    """The sizes of the config's model: its track's, with the vocabulary of `--vocab_size` where that is set."""
+    found = SIZES[config.track]
+    if not config.vocab_size:
+        return found
+    padded = math.ceil(config.vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return replace(found, vocab=config.vocab_size, padded_vocab=padded)
+
+
+def layers(config: "Config") -> tuple[Layer, ...]:
+    """All layers in order, as the config has them."""
+    table = _map(config)
+    found: list[Layer] = []
+    banks = 0
+    for index in range(SIZES[config.track].layers):
+        attention = index not in table.without_attention or config.attention_at_6
+        layer = _layer(table, config, index, banks) if attention else Layer(
+            index, attention=False, inject=False, skip_from=_skip_into(table, config, index)
+        )  # fmt: skip
+        found.append(layer)
+        banks += attention
+    read = _outputs_read(table, config)
+    return tuple(replace(layer, keep_output=layer.index in read) for layer in found)
+
+
+def cached_source(config: "Config") -> int | None:
+    """The layer whose output the late layers attend from; None when each attends from its own residual."""
+    return _map(config).cached_source if config.cached_attention else None
+
+
+def backout(config: "Config") -> int | None:
+    """The layer whose output is in part subtracted from the last one; None where MUDD, or nothing, does that."""
+    return _map(config).backout
+
+
+def mudd_sources(config: "Config") -> tuple[int, ...]:
+    """The layers, an early and a late one, whose outputs MUDD reads."""
+    return _map(config).mudd_sources
+
+
+def second_tier(config: "Config") -> int:
+    """The layer at whose start the second gate network sees the residual."""
+    return _map(config).second_tier
+
+
+def attention_layers(config: "Config") -> tuple[int, ...]:
+    """Indices of the layers with attention; the place in this tuple is the slot in the attention banks."""
+    return tuple(layer.index for layer in layers(config) if layer.attention)
+
+
+def check(config: "Config") -> None:
+    """UserError for a technique that the track has no place for."""
+    for name in LACKS[SIZES[config.track].make]:
+        if getattr(config, name):
+            raise UserError(
+                f"--{name}=true: --track={config.track} has no place for it; --{name}=false, or start from the "
+                f"preset {SIZES[config.track].make}"
+            )
+
+
+def gates(config: "Config") -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:
+    """The outputs of the two gate networks in the order of their columns: 26 and 41 on track 1.
+
+    Without `input_gates` the same entries are learned numbers, laid out the same way, the first network's first. The
+    medium track has none: its gates are sigmoids of a few channels.
+    """
+    if SIZES[config.track].make == "medium":
+        return (), ()
+    plan, heads = layers(config), size(config).heads
+    tiers: tuple[list[Gate], list[Gate]] = ([], [])
+
+    def add(name: str, layer: int, width: int, init: float) -> None:
+        tier = PRE if layer < second_tier(config) else POST
+        columns = tiers[tier]
+        start = columns[-1].start + columns[-1].width if columns else 0
+        columns.append(Gate(name, layer, tier, start, width, init))
+
+    for layer in plan:
+        if layer.xsa:
+            add("xsa", layer.index, heads, 0.0)
+    for layer in plan:
+        if layer.attention_gate:
+            add("attention_gate", layer.index, heads, 0.25)
+    for layer in plan:
+        if layer.inject:
+            add("x0", layer.index, 1, 0.0)
+            if config.bigram:
+                add("bigram", layer.index, 1, 0.05)
+    for layer in plan:
+        if layer.skip_from is not None:
+            add("skip", layer.index, 1, 0.5)
+    for layer in plan:
+        if layer.dc:
+            add("dc_w1", layer.index, heads, 1.0)
+            add("dc_w2", layer.index, heads, 0.0)
+    return tuple(tiers[PRE]), tuple(tiers[POST])
+
+
+def gate_width(config: "Config") -> int:
+    """Output rows of each gate network: the larger of the two, since both live in one tensor."""
+    return max((gate.start + gate.width for tier in gates(config) for gate in tier), default=0)
+
+
+ROOT_OF_GROWTH = math.sqrt(
+    1.1
+)  # the residual's own weight, one for attention and one for the MLP of each layer
+
+# The outputs of the two MUDD networks in order: (name, value at the start). Where each goes stands before the "_",
+# what it weighs behind it: c0, c3, c7, c9 are the residuals at the model's input, after layers 3 and 7, and before
+# the last layer, x the current one, y the layer's own result. The second network has fewer; the rest is unused.
+MUDD_OUTPUTS: tuple[tuple[tuple[str, float], ...], ...] = (
+    (
+        ("v_c0", 0.0), ("v_c7", 0.0), ("v_x", 0.0),
+        ("x_c0", 0.0), ("x_c7", 0.0), ("x_x", 0.0),
+        ("value_gate_low", 2.0), ("value_gate_high", 2.0),
+        ("attention_x", ROOT_OF_GROWTH), ("attention_y", 1.0), ("attention_c0", 0.0), ("attention_bigram", 0.05),
+        ("mlp_x", ROOT_OF_GROWTH), ("mlp_y", 1.0),
+    ),
+    (("end_c0", 0.0), ("end_c7", -0.5), ("end_c9", 0.0), ("end_value_0", 0.0), ("end_c3", 0.0)),
+)  # fmt: skip
+
+
+def _map(config: "Config") -> _Map:
+    return _MAPS[SIZES[config.track].make]
+
+
+def _layer(table: _Map, config: "Config", index: int, bank: int) -> Layer:
+    """Layer `index`, one with attention, in slot `bank`."""
+    mudd = config.mudd and index == table.mudd
+    value_layers = [layer for layer, _ in table.value_embeds] if config.value_embeds else []
+    is_long = index in table.long
+    return Layer(
+        index,
+        bank=bank,
+        window="long" if is_long else "short",
+        paired=config.paired_heads and index in table.paired,
+        key_offset=config.key_offset and is_long,
+        value_embed=dict(table.value_embeds)[index] if index in value_layers else None,
+        value_gate=value_layers.index(index) if index in value_layers else None,
+        xsa=config.xsa and index in table.xsa,
+        attention_gate=config.attention_gates and index in table.attention_gates,
+        cached_input=config.cached_attention and index in table.cached,
+        skip_from=_skip_into(table, config, index),
+        # Where MUDD mixes the residual it adds embedding and bigram too. The layer that has lost its attention adds
+        # nothing, with attention restored neither.
+        inject=not mudd and index not in table.without_attention,
+        mudd=mudd,
+        dc=config.dc and index in table.dc,
+    )
+
+
+def _skip_into(table: _Map, config: "Config", index: int) -> int | None:
+    return {to: source for source, to in table.skips}.get(index) if config.skip else None
+
+
+def _outputs_read(table: _Map, config: "Config") -> set[int]:
+    """The layers whose outputs are read later than by the next layer."""
+    read = {source for source, _ in table.skips} if config.skip else set()
+    if config.cached_attention and table.cached_source is not None:
+        read.add(table.cached_source)
+    if config.mudd:
+        read.update(table.mudd_sources)
+    if table.backout is not None:
+        read.add(table.backout)
+    return read

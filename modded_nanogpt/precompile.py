@@ -1,0 +1,163 @@
+"""Compiling ahead: the graphs of later stages in processes of their own, while the trainer compiles the first one's.
+
+A graph takes the better part of a minute in torch.compile, nearly all of it Python in one thread, and the run has four:
+three lane sizes and the validation. So each but the first gets a process, which leaves what it compiled in the node's
+compile caches, where the trainer finds it a little later. Such a process holds weights without values and launches
+nothing; one that fails costs a note, and the trainer compiles that graph itself.
+
+A compiled graph belongs to the GPU of one number, so each rank has processes of its own, where there are cores enough.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, NoReturn
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from modded_nanogpt import schedule
+from modded_nanogpt.batches import TrainBatches, ValBatches, blank_batch
+from modded_nanogpt.config import Config
+from nanogpt.common.compiler import THREADS_VARIABLE, compiler_threads
+from nanogpt.common.errors import run_command
+from nanogpt.common.machine import local_ranks, usable_cores
+from nanogpt.common.ranks import Ranks
+from nanogpt.common.rundir import RunDir
+
+PR_SET_PDEATHSIG = 1
+LEAST_MEMORY = 32 << 30  # bytes of a GPU where the weights of these processes fit beside the trainer
+CORES_EACH = 2  # that a process needs to be worth starting: its own, and some for Triton's compilers
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a compiled graph depends on besides the configuration."""
+
+    step: int  # a step of the stage; -1: the validation
+    tokens: int  # of the lane
+    boundaries: int  # length of cu_seqlens
+    max_document: int
+
+
+def graphs(config: Config, batches: TrainBatches, val_batches: ValBatches) -> list[Graph]:
+    """The graphs of a run in the order in which `setup.warm_up` comes to them."""
+    found: dict[tuple[int, int], Graph] = {}
+    lanes_each = batches.layout.lanes
+    for stage in schedule.stages(config):
+        tokens = stage.batch_tokens // lanes_each
+        graph = Graph(stage.start, tokens, batches.boundaries(tokens), stage.max_document)
+        found.setdefault((stage.batch_tokens, stage.max_document), graph)
+    size = val_batches.slice
+    return [*found.values(), Graph(-1, size, val_batches.boundaries, size)]
+
+
+class Ahead:
+    """The processes that compile, by graph: `wait` before the graph is used. They end with the trainer."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.running: dict[Graph, tuple[subprocess.Popen, IO[str]]] = {}
+
+    def start(self, graphs: list[Graph], folder: Path, ranks: Ranks) -> None:
+        """One process for each of `graphs`; folder: the run's."""
+        threads = compiler_threads(local_ranks() * (len(graphs) + 1))
+        variables = {**os.environ, THREADS_VARIABLE: str(threads)}
+        for graph in graphs:
+            output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (`wait` closes it)
+            words = [
+                json.dumps(asdict(graph)),
+                str(folder),
+                str(ranks.device),
+                str(ranks.world_size),
+                str(os.getpid()),
+            ]
+            command = [sys.executable, str(Path(__file__).resolve()), *words]
+            process = subprocess.Popen(
+                command, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+            self.running[graph] = (process, output)
+
+    def wait(self, graph: Graph) -> None:
+        """Return when nobody compiles `graph` any more."""
+        process, output = self.running.pop(graph, (None, None))
+        if process is None:
+            return
+        status = process.wait()
+        if status:
+            output.seek(0)
+            said = (output.read().strip().splitlines() or [f"status {status}"])[-1]
+            self.say(f"note: compiling ahead failed ({said[:200]}); compiled here instead")
+        output.close()
+
+
+def worth_it(config: Config, ranks: Ranks, count: int) -> bool:
+    """Whether `count` processes beside this one pay: a large GPU that compiles, and cores for those of all ranks."""
+    if config.compile == "false" or ranks.device.type != "cuda":
+        return False
+    large = torch.cuda.get_device_properties(ranks.device).total_memory >= LEAST_MEMORY
+    return large and usable_cores() >= CORES_EACH * (count + 1) * local_ranks()
+
+
+def compile_graph(config: Config, graph: Graph, device: torch.device, world_size: int) -> None:
+    """Compile one graph as a rank of `world_size` will, up to where it would be launched."""
+    from modded_nanogpt import lanes, setup
+    from modded_nanogpt.tables import look_up
+
+    ranks = Ranks(0, device.index or 0, world_size, device)  # never to speak with each other
+    state = setup.build(config, ranks, compile_with=_compile_only)
+    batch = blank_batch(config, graph.tokens, graph.boundaries, graph.max_document, device)
+    try:
+        if graph.step < 0:
+            lanes.eval_lane(state, batch, True, schedule.final_window(config))
+        else:
+            step = schedule.at(config, graph.step)
+            rows = look_up(state.model, batch, step.tied, train=True)
+            state.train_graph(*lanes.train_arguments(state, ranks, batch, rows, step))
+    except _Compiled:
+        return
+    raise RuntimeError(f"{graph}: ran, where it was to be compiled only")
+
+
+class _Compiled(Exception):
+    """Raised in place of the first launch."""
+
+
+def _compile_only(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., NoReturn]:
+    """A backend of torch.compile: inductor, whose result is kept in its caches and never called."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compile_fx(module, inputs)
+
+    def stop(*_: torch.Tensor) -> NoReturn:
+        raise _Compiled
+
+    return stop
+
+
+def main(argv: list[str]) -> None:
+    """What `Ahead.start` starts: GRAPH FOLDER DEVICE WORLD_SIZE PARENT."""
+    graph, folder, device = Graph(**json.loads(argv[0])), Path(argv[1]), torch.device(argv[2])
+    world_size, parent = int(argv[3]), int(argv[4])
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a trainer that is killed leaves nobody behind
+    if os.getppid() != parent:
+        return
+    began = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    compile_graph(Config(**RunDir(folder, writes=False).config["config"]), graph, device, world_size)
+    print(f"compiled in {time.perf_counter() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    run_command(main)

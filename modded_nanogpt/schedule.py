@@ -1,0 +1,279 @@
+"""What changes from step to step, as pure functions of the configuration and the step.
+
+A run is cut into equal stages with larger and larger batches and attention windows, then an extension at the last
+learning rate. Everything a step needs is one `StepPlan`; nothing here keeps state, so a resumed run continues exactly.
+Windows and document lengths are in tokens, learning rates are factors of the base rates in the config.
+
+Sources: the batch and window schedules of records 29, 31, 39 and 46 of the modded-nanogpt speedrun, multi-token
+prediction (53), prefix prediction (88), the learning-rate floor and short first documents (72).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modded_nanogpt.config import Config
+
+Ramp = tuple[float, float]  # a value at the start of a stage and at its end, linear in between
+
+BLOCK = 128  # tokens; windows are multiples of it
+MTP_THREE = ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))
+MTP_TWO = ((1.0, 1.0), (0.5, 0.0), (0.0, 0.0))
+MTP_ONE = ((1.0, 1.0), (0.0, 0.0), (0.0, 0.0))
+
+MOMENTUM_LOW, MOMENTUM_HIGH = 0.85, 0.95
+MOMENTUM_WARMUP, MOMENTUM_COOLDOWN = 300, 50  # steps; not scaled with the length of the run
+EXACT_FP8_STEPS = 16  # the down-projection starts at 0 and grows too fast for delayed scales
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps `start` to `end` (exclusive) of a run. In `STAGES` both are 0: they follow from the number of steps."""
+
+    name: str
+    batch_tokens: int  # in one optimizer step over all ranks
+    max_document: int  # tokens; the rest of a longer document is not trained on
+    short_window: int  # tokens
+    long_window: int  # tokens
+    lr_factor: float
+    mtp: tuple[Ramp, Ramp, Ramp] = MTP_ONE  # loss weights of the next, second next and third next token
+    prefix: Ramp = (0.0, 0.0)  # loss weight of the target's longest prefix token
+    start: int = 0
+    end: int = 0
+
+
+@dataclass(frozen=True)
+class Track:
+    """The schedule of a track before its length is known."""
+
+    steps: int  # scheduled ones
+    extension_steps: int
+    stages: tuple[Stage, ...]  # of equal length
+    extension: Stage
+    final_window: tuple[int, int]  # short and long of the last validation, in tokens
+    untie_after: int  # stages with tied embeddings
+    constant_batch: int  # the stage whose batch and learning rate hold without a batch schedule
+    yarn_limit: int  # tokens; wider windows do not move the rotary frequencies any more
+    target_loss: float  # 0: none
+    boundary_up: bool = False  # stage boundaries are rounded up, not to the nearest step
+
+
+def _blocks(
+    name: str, batch: int, document: int, short: int, long: int, factor: float, *more: object
+) -> Stage:
+    return Stage(name, batch, document, short * BLOCK, long * BLOCK, factor, *more)
+
+
+def _medium(
+    steps: int, extension_steps: int, batch: int, document: int, block: int, target_loss: float
+) -> Track:
+    """Twelve stages: the batch (tokens of the first) grows in three, the long window (in blocks) until the ninth."""
+    long = [3, 7, 11, 13, 15, 17, 19, 21, 23, 23, 23, 23]
+    size = [batch, 2 * batch, 3 * batch, *[4 * batch] * 9]
+    factor = [1.0, 1.52, 1.73, *[2.0] * 9]
+    mtp = [MTP_THREE, MTP_TWO, *[MTP_ONE] * 10]
+    stages = tuple(
+        Stage(
+            str(k + 1), size[k], document, min(11, long[k] // 2) * block, long[k] * block, factor[k], mtp[k]
+        )
+        for k in range(12)
+    )
+    return Track(
+        steps=steps,
+        extension_steps=extension_steps,
+        stages=stages,
+        extension=replace(stages[-1], name="extension"),
+        final_window=(11 * block, 27 * block),
+        untie_after=2,
+        constant_batch=11,
+        yarn_limit=13 * block,
+        target_loss=target_loss,
+        boundary_up=True,
+    )
+
+
+STAGES: dict[str, Track] = {
+    "track1": Track(
+        steps=1270,
+        extension_steps=15,
+        stages=(
+            _blocks("1", 131_072, 896, 1, 3, 1.0, MTP_THREE, (0.25, 0.25)),
+            _blocks("2", 262_144, 2048, 3, 7, 1.52, MTP_TWO, (0.25, 0.0)),
+            _blocks("3", 393_216, 2048, 5, 11, 1.73),
+        ),
+        extension=_blocks("extension", 393_216, 2048, 6, 13, 1.73),
+        final_window=(6 * BLOCK, 20 * BLOCK),
+        untie_after=2,
+        constant_batch=1,
+        yarn_limit=13 * BLOCK,
+        target_loss=3.28,
+    ),
+    "medium": _medium(4700, 40, batch=131_072, document=4096, block=BLOCK, target_loss=2.92),
+    "small": Track(
+        steps=48,
+        extension_steps=3,
+        stages=(
+            Stage("1", 2048, 96, 16, 32, 1.0, MTP_THREE, (0.25, 0.25)),
+            Stage("2", 4096, 256, 16, 48, 1.52, MTP_TWO, (0.25, 0.0)),
+            Stage("3", 6144, 256, 24, 56, 1.73),
+        ),
+        extension=Stage("extension", 6144, 256, 32, 64, 1.73),
+        final_window=(32, 96),
+        untie_after=2,
+        constant_batch=1,
+        yarn_limit=64,
+        target_loss=0.0,
+    ),
+    "small_medium": _medium(48, 3, batch=1024, document=256, block=8, target_loss=0.0),
+}
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Everything that a step's number decides."""
+
+    step: int
+    stage: int  # index into `stages(config)`
+    batch_tokens: int  # over all ranks
+    max_document: int
+    short_window: int  # tokens
+    long_window: int
+    yarn_window: int  # the long window that the rotary frequencies are made for (see `yarn_windows`)
+    lr: float  # factor of the base learning rates
+    momentum: float  # of Muon
+    mtp: tuple[float, float, float]
+    prefix: float
+    adam: bool  # whether Adam updates its parameters; its gradients add up in between
+    tied: bool  # the embedding is the head in this step, and is copied from it after the update
+    untie: bool  # after this step's update the embedding gets a life of its own
+    exact_fp8: bool  # the weight scales of the down-projections are taken from this step's weights
+
+
+def scheduled_steps(config: "Config") -> int:
+    """Steps without the extension."""
+    return config.steps or STAGES[config.track].steps
+
+
+def total_steps(config: "Config") -> int:
+    """Optimizer steps of the whole run; the last validation comes after them."""
+    extension = config.extension_steps
+    return scheduled_steps(config) + (STAGES[config.track].extension_steps if extension < 0 else extension)
+
+
+def stages(config: "Config") -> tuple[Stage, ...]:
+    """The stages with their steps, the extension last (left out when it has no steps)."""
+    track, steps = STAGES[config.track], scheduled_steps(config)
+    count = len(track.stages)
+    ends = [_boundary(track, steps, k) for k in range(count + 1)]
+    found = [replace(stage, start=ends[k], end=ends[k + 1]) for k, stage in enumerate(track.stages)]
+    if total_steps(config) > steps:
+        found.append(replace(track.extension, start=steps, end=total_steps(config)))
+    return tuple(_without_techniques(stage, track, config) for stage in found)
+
+
+def at(config: "Config", step: int) -> StepPlan:
+    """The plan of step `step` (from 0). Steps past the end get the last stage's values: the final validation."""
+    found = stages(config)
+    index = next((k for k, stage in enumerate(found) if step < stage.end), len(found) - 1)
+    stage = found[index]
+    part = min(1.0, (step - stage.start) / (stage.end - stage.start))
+    untie_step = untying_step(config)
+    return StepPlan(
+        step=step,
+        stage=index,
+        batch_tokens=stage.batch_tokens,
+        max_document=stage.max_document,
+        short_window=stage.short_window,
+        long_window=stage.long_window,
+        yarn_window=yarn_windows(config, step)[-1],
+        lr=learning_rate(config, step),
+        momentum=momentum(config, step),
+        mtp=tuple(_along(ramp, part) for ramp in stage.mtp),
+        prefix=_along(stage.prefix, part),
+        adam=is_adam_step(config, step),
+        tied=config.embedding != "untied" and (untie_step is None or step <= untie_step),
+        untie=step == untie_step,
+        exact_fp8=step < EXACT_FP8_STEPS,
+    )
+
+
+def learning_rate(config: "Config", step: int) -> float:
+    """The stage's factor, and over the last part of the scheduled steps a straight line down to the floor."""
+    steps = scheduled_steps(config)
+    start = int(steps * (1.0 - config.cooldown) + 1e-9)
+    down = min(1.0, max(0.0, (step - start) / (steps - start))) if start < steps else 0.0
+    factor = next(
+        (stage.lr_factor for stage in stages(config) if step < stage.end), stages(config)[-1].lr_factor
+    )
+    return (1.0 - down) * factor + down * config.lr_floor
+
+
+def momentum(config: "Config", step: int) -> float:
+    """Muon's: up over the first 300 steps, down over the last 50; a shorter run only goes up."""
+    if not config.momentum_schedule:
+        return MOMENTUM_HIGH
+    part = step / MOMENTUM_WARMUP
+    if step >= MOMENTUM_WARMUP:
+        part = min(1.0, max(0.0, (total_steps(config) - step) / MOMENTUM_COOLDOWN))
+    return MOMENTUM_LOW + (MOMENTUM_HIGH - MOMENTUM_LOW) * part
+
+
+def is_adam_step(config: "Config", step: int) -> bool:
+    """Whether Adam updates at `step`: the odd steps when `adam_every` is 2."""
+    return step % config.adam_every == config.adam_every - 1
+
+
+def untying_step(config: "Config") -> int | None:
+    """The first Adam step at or after the boundary where the embedding leaves the head; None when it never does."""
+    if config.embedding != "tied_then_untied":
+        return None
+    track = STAGES[config.track]
+    step = _boundary(track, scheduled_steps(config), track.untie_after)
+    return step + (config.adam_every - 1 - step) % config.adam_every
+
+
+def yarn_windows(config: "Config", step: int) -> tuple[int, ...]:
+    """The long windows up to `step`, each once, that the rotary frequencies went through: a YaRN update lies
+    between two neighbours. One window only without YaRN, or when the windows do not change.
+    """
+    limit = STAGES[config.track].yarn_limit
+    seen: list[int] = []
+    for stage in stages(config):
+        moves = config.yarn and stage.long_window <= limit and stage.long_window != (seen or [0])[-1]
+        if stage.start <= max(step, 0) and (moves or not seen):
+            seen.append(stage.long_window)
+    return tuple(seen)
+
+
+def final_window(config: "Config") -> tuple[int, int]:
+    """Short and long window, in tokens, of the validation after the last step. No YaRN update belongs to it."""
+    return STAGES[config.track].final_window
+
+
+def _boundary(track: Track, steps: int, k: int) -> int:
+    """The step at which stage number k (from 0) begins."""
+    count = len(track.stages)
+    return math.ceil(k * steps / count) if track.boundary_up else round(k * steps / count)
+
+
+def _along(ramp: Ramp, part: float) -> float:
+    return ramp[0] + (ramp[1] - ramp[0]) * part
+
+
+def _without_techniques(stage: Stage, track: Track, config: "Config") -> Stage:
+    """The stage as it is when the techniques that the config switches off are taken out."""
+    changes: dict[str, object] = {}
+    if not config.batch_schedule:
+        steady = track.stages[track.constant_batch]
+        changes.update(batch_tokens=steady.batch_tokens, lr_factor=steady.lr_factor)
+    if not config.window_schedule:
+        last = track.stages[-1]
+        changes.update(short_window=last.short_window, long_window=last.long_window)
+    if not config.short_documents:
+        changes.update(max_document=track.stages[-1].max_document)
+    if not config.mtp:
+        changes.update(mtp=MTP_ONE)
+    if not config.prefix:
+        changes.update(prefix=(0.0, 0.0))
+    return replace(stage, **changes)

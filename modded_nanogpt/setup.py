@@ -1,0 +1,250 @@
+"""What the training loop needs before its first step and between its steps: building, warming up, resuming, saving."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from modded_nanogpt import attention_backends, layer_plan, schedule
+from modded_nanogpt.batches import TrainBatches, ValBatches
+from modded_nanogpt.clock import Clock
+from modded_nanogpt.compile_cache import CompileCache, environment
+from modded_nanogpt.config import FREE, Config
+from modded_nanogpt.kernels import fp8
+from modded_nanogpt.kernels.mlp import Fp8Mlp
+from modded_nanogpt.lanes import NEW_PROGRESS, State, eval_lane, lane_loss, lane_losses, train_lane
+from modded_nanogpt.model import SpeedrunModel
+from modded_nanogpt.model_medium import MediumModel
+from modded_nanogpt.optim.sharded import Optimizer
+from modded_nanogpt.precompile import Ahead, Graph, graphs, worth_it
+from nanogpt.common.errors import NonFiniteError
+from nanogpt.common.ranks import Ranks
+from nanogpt.common.rundir import RunDir
+from nanogpt.common.shards import data_root
+from nanogpt.common.training import latest_checkpoint, repeat_exactly, write_checkpoint
+
+MODELS = {"track1": SpeedrunModel, "medium": MediumModel}  # by `layer_plan.Size.make`
+# Graphs that may be compiled: one a lane size, and tests with many; attention windows are no part of a graph.
+GRAPHS = 64
+NOT_IN_GRAPHS = {"seed", *FREE} - {"attention", "compile", "deterministic"}
+
+
+def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor") -> State:
+    """Model, optimizer and graphs, without meaningful weights yet. UserError for what this GPU cannot do.
+
+    compile_with: a backend of torch.compile; with another than inductor there is no optimizer (`precompile`).
+    """
+    device = ranks.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        repeat_exactly()
+    if config.memory_gib and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gib * 2**30 / total), device)
+    backend = attention_backends.choose(config.attention, device, dtype)
+    low_precision = fp8.choose(config.fp8, device)
+    model = MODELS[layer_plan.size(config).make](config, backend, device, dtype)
+    optimizer = None
+    if compile_with == "inductor":
+        optimizer = Optimizer(dict(model.named_parameters()), config, ranks, device)
+    if low_precision.mlp and (config.fp8_up or config.fp8_down):
+        model.fp8 = Fp8Mlp(model.mlp_bank, config.fp8_up, config.fp8_down, config.fp8_backward)
+    compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
+    train_graph, eval_graph = lane_loss, lane_losses
+    if compiled:
+        from torch._functorch import config as functorch_config
+
+        torch._dynamo.config.recompile_limit = GRAPHS
+        # The backward pass with the forward pass, not at its first use: then both are kept together, and a process that
+        # only compiles (`precompile`) leaves both.
+        functorch_config.force_non_lazy_backward_lowering = True
+        train_graph = torch.compile(lane_loss, fullgraph=True, dynamic=False, backend=compile_with)
+        eval_graph = torch.compile(lane_losses, fullgraph=True, dynamic=False, backend=compile_with)
+    return State(
+        model, optimizer, train_graph, eval_graph, backend, low_precision.head and config.fp8_head,
+        model.fp8 is not None, compiled, *_vocabulary_tables(config, model, device), model.fp8 and model.fp8.tensors(),
+        low_precision.why,
+    )  # fmt: skip
+
+
+def restore_caches(config: Config, run: RunDir, ranks: Ranks) -> CompileCache | None:
+    """This node's compile caches, filled by its first rank from what earlier jobs packed; None when none are kept."""
+    device = ranks.device
+    uses = device.type == "cuda" or config.compile == "true"
+    if not uses or config.compile_cache == "none":
+        return None
+    gpu = "cpu"
+    if device.type == "cuda":
+        gpu = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+    default = data_root(config.data_root) / "compile-caches"
+    folder = Path(config.compile_cache).expanduser().absolute() if config.compile_cache else default
+    caches = CompileCache(folder, environment(torch.__version__, gpu), run.config["source_sha256"], run.say)
+    if ranks.local_rank == 0:
+        caches.restore()
+    ranks.wait()
+    return caches
+
+
+def compile_ahead(
+    config: Config, run: RunDir, ranks: Ranks, caches: CompileCache | None, needed: list[Graph]
+) -> Ahead:
+    """Who compiles the later graphs while this process compiles the first: nobody where that does not pay."""
+    ahead, later = Ahead(run.say), needed[1:]
+    known = caches is not None and caches.holds(graphs_key(config, needed))
+    if config.warmup and not known and worth_it(config, ranks, len(later)):
+        ahead.start(later, run.folder, ranks)
+        run.say(f"warm-up: {len(later)} of {len(needed)} graphs are compiled by processes of their own")
+    return ahead
+
+
+def graphs_key(config: Config, needed: list[Graph]) -> str:
+    """What the graphs of a run are known by, besides code and machine."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_GRAPHS}
+    return json.dumps([values, [dataclasses.asdict(graph) for graph in needed]], sort_keys=True)
+
+
+def _vocabulary_tables(
+    config: Config, model: SpeedrunModel, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """(prefix table, canonical table) of GPT-2's tokens, as far as the config uses them."""
+    if not (config.prefix or config.canonical):
+        return None, None
+    from modded_nanogpt.vocabulary import canonical_table, gpt2_tokens, prefix_table
+
+    tokens, rows = gpt2_tokens(data_root(config.data_root)), model.size.padded_vocab
+    prefix = torch.from_numpy(prefix_table(tokens, rows)).to(device) if config.prefix else None
+    return prefix, torch.from_numpy(canonical_table(tokens, rows)).to(device) if config.canonical else None
+
+
+def warm_up(
+    config: Config,
+    state: State,
+    ranks: Ranks,
+    batches: TrainBatches,
+    val_batches: ValBatches,
+    say: Callable[[str], None],
+    ahead: Ahead | None = None,
+) -> None:
+    """Compile and launch whatever the run will launch. The weights are meaningless afterwards.
+
+    The rules leave this untimed as long as the run then starts from a state that knows nothing of it. `ahead`: who
+    compiles graphs beside this process.
+    """
+    model, beginning = state.model, batches.state()
+    *lane_graphs, eval_graph = graphs(config, batches, val_batches)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.02)
+    if state.fp8_mlp:  # their memory may hold anything: no lane is to compute with NaN
+        model.fp8.refresh(exact=True)
+    began = time.perf_counter()
+    for graph in lane_graphs:
+        if ahead:
+            ahead.wait(graph)
+        step, batch = schedule.at(config, graph.step), batches.get(graph.step, 0)
+        for adam, tied, untie in ((False, True, False), (True, True, True), (True, False, False)):
+            kind = dataclasses.replace(step, adam=adam, tied=tied, untie=untie)
+            train_lane(state, ranks, batch, kind)
+            state.optimizer.step(kind)
+            refresh_fp8(state, ranks, kind.exact_fp8)
+        say(
+            f"warm-up: lanes of {batch.inputs.numel():,} tokens ready after {time.perf_counter() - began:.1f} s"
+        )
+    if ahead:
+        ahead.wait(eval_graph)
+    for batch, _ in val_batches:
+        eval_lane(state, batch, True, schedule.final_window(config))
+        break
+    state.optimizer.reset()
+    batches.restore(beginning)
+    ranks.wait()
+    if state.compiled:
+        from torch._dynamo.utils import counters  # there by now; importing it takes a second
+
+        counts = counters["inductor"]
+        say(
+            f"warm-up: {counts['fxgraph_cache_hit']} graphs found in the compile caches, "
+            f"{counts['fxgraph_cache_miss']} compiled, {counts['fxgraph_cache_bypass']} that torch cannot keep"
+        )
+    say(f"warm-up done in {time.perf_counter() - began:.1f} s; the run starts from fresh weights")
+
+
+def start_or_resume(config: Config, state: State, run: RunDir, ranks: Ranks, batches: TrainBatches) -> None:
+    """The weights of step 0, or those, the optimizer and the data position of the run's last sound checkpoint."""
+    state.model.init_weights(config.seed)
+    checkpoint = latest_checkpoint(run, ranks)
+    if checkpoint is not None:
+        state.model.load_state_dict(checkpoint.tensors("model"), strict=True)
+        state.optimizer.load(checkpoint.tensors("optimizer"), str(checkpoint.path))
+        saved = checkpoint.state
+        state.progress |= {key: math.inf if saved[key] is None else saved[key] for key in NEW_PROGRESS}
+        state.resumed = True
+        changed = batches.restore(saved["batches"])
+        if changed:
+            run.say(f"note: {changed}")
+        run.say(f"attempt {run.attempt}: resumed from {checkpoint.path.name}")
+    step = state.progress["step"]
+    state.model.rotary.follow(list(schedule.yarn_windows(config, max(0, step - 1))))
+    if state.fp8_mlp:  # scales are part of the state: the losses depend on them
+        state.model.fp8.load(checkpoint.tensors("fp8") if checkpoint else state.fp8_start)
+        if checkpoint is None:
+            state.model.fp8.refresh(exact=True)
+
+
+def refresh_fp8(state: State, ranks: Ranks, exact: bool) -> None:
+    """New 8-bit copies of the MLPs' weights after an update; the scales are the same on all ranks."""
+    if not state.fp8_mlp:
+        return
+    several = ranks.world_size > 1
+    state.model.fp8.refresh(exact, partial(dist.all_reduce, op=dist.ReduceOp.MAX) if several else None)
+
+
+def save(config: Config, state: State, run: RunDir, ranks: Ranks, batches: TrainBatches) -> None:
+    """Write a checkpoint of this moment; all ranks call it. NonFiniteError, StorageError."""
+    with ranks.main_only():
+        if ranks.is_main:
+            run.check_fence()
+    parts = {"model": dict(state.model.named_parameters()), "optimizer": state.optimizer.tensors()}
+    if state.fp8_mlp:
+        parts["fp8"] = state.model.fp8.tensors()
+    with ranks.main_only():
+        if ranks.is_main:
+            _write(config, state, run, parts, batches.state())
+
+
+def _write(
+    config: Config, state: State, run: RunDir, parts: dict[str, dict[str, Tensor]], position: dict
+) -> None:
+    progress = {key: None if value == math.inf else value for key, value in state.progress.items()}
+    step = state.progress["step"]
+    finite = [torch.isfinite(tensor).all() for tensor in parts["model"].values()]
+    if not bool(torch.stack(finite).all()):
+        raise NonFiniteError(
+            f"{run.folder}: step {step}: the weights are not finite; nothing was saved, earlier checkpoints stay; "
+            "lower --muon_lr or --adam_lr"
+        )
+    record = {
+        **progress,
+        "seed": config.seed,
+        "attempt": run.attempt,
+        "data": run.config.get("data"),
+        "batches": position,
+    }
+    write_checkpoint(run, step, parts, record, config.keep_checkpoints)
+
+
+def save_is_due(config: Config, step: int, clock: Clock) -> bool:
+    """Whether rank 0 wants a checkpoint after `step` steps: by their number, or by the clock."""
+    by_step = bool(config.save_interval) and step % config.save_interval == 0
+    by_clock = bool(config.save_minutes) and time.monotonic() - clock.saved > 60 * config.save_minutes
+    if by_step or by_clock:
+        clock.saved = time.monotonic()
+    return by_step or by_clock

@@ -1,0 +1,53 @@
+"""Lookups in the embedding tables, outside of the compiled graph, and the way back for their gradients.
+
+`kernels.embedding` says why.
+"""
+
+import torch
+from torch import Tensor
+
+from modded_nanogpt.batches import Batch
+from modded_nanogpt.kernels.embedding import add_rows_
+from modded_nanogpt.model import Rows, SpeedrunModel
+
+
+def look_up(model: SpeedrunModel, batch: Batch, tied: bool, train: bool) -> Rows:
+    """The rows of the batch's tokens and bigrams; while `tied`, tokens are rows of the head."""
+    tokens = batch.inputs
+    second, value, bigram = None, None, None
+    with torch.no_grad():
+        embed = (model.head if tied else model.embed)[tokens]
+        if hasattr(model, "embed2"):
+            second = model.embed2[tokens]
+        if hasattr(model, "value_embeds"):
+            value = model.value_embeds.view(model.size.value_tables, model.size.padded_vocab, -1)[:, tokens]
+        if hasattr(model, "bigram"):
+            bigram = model.bigram[batch.bigram_rows]
+    found = Rows(embed, second, value, bigram)
+    for rows in found:
+        if rows is not None and train:
+            rows.requires_grad_()
+    return found
+
+
+@torch.no_grad()
+def add_gradients(model: SpeedrunModel, batch: Batch, rows: Rows, tied: bool) -> None:
+    """Add the gradients that `backward` left in `rows` to those of the tables. Call it after `backward`.
+
+    The optimizer keeps and clears the gradients of the tables; that of the head is autograd's.
+    """
+    add_rows_(_gradient(model.head if tied else model.embed), rows.embed.grad, batch.token_runs)
+    if rows.second is not None:
+        add_rows_(_gradient(model.embed2), rows.second.grad, batch.token_runs)
+    if rows.value is not None:
+        tables = _gradient(model.value_embeds).view(model.size.value_tables, model.size.padded_vocab, -1)
+        for table, part in zip(tables, rows.value.grad, strict=True):
+            add_rows_(table, part, batch.token_runs)
+    if rows.bigram is not None:
+        add_rows_(_gradient(model.bigram), rows.bigram.grad, batch.bigram_runs)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

@@ -1,0 +1,301 @@
+"""Train the speedrun's model: GPT-2's size on FineWeb to a validation loss of 3.28, on 1, 2, 4 or 8 GPUs of one node.
+
+    torchrun --standalone --nproc_per_node=8 modded_nanogpt/train_gpt.py        # or: cd modded_nanogpt && ./run.sh
+    python -m modded_nanogpt.train_gpt --check=true                             # what would run, without a GPU
+    python -m modded_nanogpt.train_gpt small --dataset=python_source --vocab_size=128 --prefix=false      # on a CPU
+    torchrun --standalone --nproc_per_node=8 -m modded_nanogpt.train_gpt --dc=false --out_dir=out/without-dc
+
+The clock runs from the first step to the last and stands while the model is validated; compiling and warming up come
+before it. The run directory (--out_dir) is described in docs/run-directory.md, the techniques in docs/speedrun.md.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import dataclasses
+import gc
+import math
+import os
+import typing
+
+from modded_nanogpt import compile_cache, schedule
+from modded_nanogpt.config import FREE, PRESETS, Config, Plan, resolve
+from modded_nanogpt.layer_plan import CPU_TRACKS
+from nanogpt.common import compiler, rundir
+from nanogpt.common.errors import EXIT_INTERRUPTED, NonFiniteError, UserError, run_command
+from nanogpt.common.flags import parse_values
+from nanogpt.common.launch import Trainer, open_run, rank_zero_speaks
+from nanogpt.common.machine import has_nvidia_driver, world_size_from_environment
+
+if typing.TYPE_CHECKING:
+    from nanogpt.common.ranks import Ranks
+
+PROG = "python -m modded_nanogpt.train_gpt"
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory is made; more by all ranks
+
+
+def inspect(config: Config) -> tuple[Config, dict]:
+    """Check what needs no GPU: the plan and the data. Prints the plan when that is all the user wants."""
+    from modded_nanogpt.data_plan import check_validation, plan_data
+    from modded_nanogpt.vocabulary import gpt2_tokens
+    from nanogpt.common.shards import data_root, open_token_set, verify
+
+    plan = resolve(config, world_size_from_environment())
+    _refuse_missing_gpu(config)
+    root = data_root(config.data_root)
+    token_set = open_token_set(config.dataset, root)
+    data_plan = plan_data(token_set, config)
+    check_validation(token_set, config)
+    for name in ("prefix", "canonical"):
+        if getattr(config, name) and token_set.tokenizer == "char":
+            raise UserError(
+                f"--{name}=true: is made for GPT-2's tokens, {token_set.folder} has characters; --{name}=false"
+            )
+    if config.prefix or config.canonical:
+        gpt2_tokens(root)  # UserError when the vocabulary is not there and cannot be had
+    if sum(shard.bytes for shard in token_set.shards) <= SMALL_DATA:
+        verify(token_set)
+    if config.check:
+        print(plan.describe(config))
+        print(data_plan.describe(token_set, config))
+    config = dataclasses.replace(config, data_root=str(root))
+    return config, {"plan": dataclasses.asdict(plan), "data": token_set.fingerprint()}
+
+
+TRAINER = Trainer(
+    Config,
+    Path(__file__).resolve().parents[1],
+    ("modded_nanogpt", "nanogpt"),
+    "modded_nanogpt/train_gpt.py",
+    FREE,
+    inspect,
+)
+
+
+def _refuse_missing_gpu(config: Config) -> None:
+    none = not has_nvidia_driver()
+    if none and config.fp8 == "on":
+        raise UserError("--fp8=on: this machine has no NVIDIA GPU; use --fp8=auto or --fp8=off")
+    if none and (
+        config.device.startswith("cuda") or (config.device == "auto" and config.track not in CPU_TRACKS)
+    ):
+        raise UserError(
+            f"--device={config.device}: this machine has no NVIDIA GPU, and --track={config.track} needs one; ask "
+            f"SLURM for one, or try the preset that is made for CPUs: {PROG} small"
+        )
+
+
+def main(argv: list[str], default_preset: str = "track1") -> int:
+    """Open the run, continue in its copy of the source, train."""
+    folder = rundir.running_from_copy(Path(__file__))
+    if folder is None:
+        with rank_zero_speaks():
+            named = any(not word.startswith("-") for word in argv)
+            words = argv if named else [default_preset, *argv]
+            values = parse_values(Config, words, prog=PROG, description=__doc__, presets=PRESETS)
+            out_dir = Path(str(values.get("out_dir", Config.out_dir))).expanduser()
+            given = any(word.lstrip("-").replace("-", "_").startswith("out_dir") for word in argv)
+            values["out_dir"] = str(out_dir if given else TRAINER.root / out_dir)
+        folder = open_run(TRAINER, values, argv)
+        if folder is None:
+            return 0
+        rundir.enter_copy(folder, TRAINER.entry)
+    return go_on(folder)
+
+
+def go_on(folder: Path) -> int:
+    """Train the run that `open_run` has opened in `folder`; the exit status."""
+    compiler.use_local_folders(compile_cache.operators())  # before torch is imported
+    choose_allocator()
+    from nanogpt.common import ranks as ranks_module
+
+    run = rundir.RunDir(folder, writes=os.environ.get("RANK", "0") == "0")
+    config = Config(**run.config["config"])
+    ranks = ranks_module.start(config.device, config.backend, config.num_threads)
+    try:
+        status = train(run, config, resolve(config, ranks.world_size), ranks)
+    finally:
+        run.close()
+    ranks_module.leave(status)
+    return status
+
+
+def choose_allocator() -> None:
+    """Let torch grow its pieces of GPU memory: those that fit one stage's lanes are too small for the next one's.
+
+    What the environment says stays. WSL refuses such memory at the first allocation. Before torch is imported.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES) and not Path("/dev/dxg").exists():
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
+def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int:
+    """From the first line of the log to the last checkpoint; the exit status."""
+    from modded_nanogpt import lanes, precompile, report, rules, setup
+    from modded_nanogpt.batches import TrainBatches, ValBatches
+    from modded_nanogpt.clock import Clock, Messages
+    from nanogpt.common import hardware, training
+    from nanogpt.common.stop import StopRequest
+
+    stop = StopRequest(run.folder / "stop" if ranks.is_main else None)
+    device, place = ranks.device, (ranks.rank, ranks.world_size, ranks.device)
+    token_set = training.checked_tokens(config, ranks, run.say)
+    run.say(f"{token_set.folder}: {token_set.num_tokens('train'):,} training tokens, checked")
+    caches = setup.restore_caches(config, run, ranks)
+    batches, val_batches = TrainBatches(token_set, config, *place), ValBatches(token_set, config, *place)
+    graphs = precompile.graphs(config, batches, val_batches)
+    ahead = setup.compile_ahead(config, run, ranks, caches, graphs)
+    state = setup.build(config, ranks)
+    for line in report.describe(config, plan, state, ranks):
+        run.say(line)
+    if config.warmup:
+        setup.warm_up(config, state, ranks, batches, val_batches, run.say, ahead)
+        if caches and ranks.is_main:
+            caches.keep(setup.graphs_key(config, graphs))
+    setup.start_or_resume(config, state, run, ranks, batches)
+    flops, peak = report.flops_per_token(config), hardware.peak_flops(device)
+    wandb = training.start_wandb(config, run) if ranks.is_main else None
+    progress, clock, messages = state.progress, Clock(ranks, state.progress["train_ms"]), Messages(ranks)
+    run.record(
+        "resume" if state.resumed else "start",
+        step=progress["step"],
+        world_size=ranks.world_size,
+    )
+    saved_step = progress["step"] if state.resumed else -1
+    asked_to_stop, save_due, last_ms = False, False, progress["train_ms"]
+
+    def save() -> None:
+        nonlocal saved_step
+        setup.save(config, state, run, ranks, batches)
+        run.record("save", step=progress["step"])
+        saved_step = progress["step"]
+
+    def look_back(everything: bool = False) -> None:
+        """Say what the messages of some steps ago held; all ranks act on it together."""
+        nonlocal asked_to_stop, save_due, last_ms
+        for about, (loss, wants_stop, wants_save) in messages.read(everything):
+            step, mean = about["step"], loss / about["tokens"]
+            if not math.isfinite(mean):
+                kept = (
+                    f"the checkpoint of step {saved_step} stays"
+                    if saved_step >= 0
+                    else "there is no checkpoint yet"
+                )
+                ranks.fail(
+                    NonFiniteError(
+                        f"{run.folder}: step {step}: loss {mean}: stopped; {kept}; lower --muon_lr"
+                    )
+                )
+            asked_to_stop, save_due = asked_to_stop or wants_stop > 0, save_due or wants_save > 0
+            ms, last_ms = about["train_ms"] - last_ms, about["train_ms"]
+            speed = 1e3 * about["tokens"] / max(ms, 1e-6)
+            mfu = speed * flops / (peak * ranks.world_size) if peak else None
+            if step % config.log_interval == 0 or step + 1 == plan.total_steps:
+                run.record(
+                    "train", step=step, loss=mean / about["weights"], lr=about["lr"], ms=round(ms, 3),
+                    train_ms=round(about["train_ms"], 3), tokens_per_s=round(speed), mfu=mfu,
+                    memory_gib=hardware.memory_gib(device), tokens=about["total"],
+                )  # fmt: skip
+                if wandb:
+                    wandb.log({"loss": mean / about["weights"], "tokens_per_s": speed}, step=step)
+                run.say(
+                    report.step_line(plan, step, mean / about["weights"], about["train_ms"], ms, speed, mfu)
+                )
+
+    gc.collect()  # not in the middle of the run
+    clock.start()
+    while True:
+        step = progress["step"]
+        at_end = step >= plan.total_steps
+        look_back(everything=at_end)
+        if (
+            (at_end or step % config.eval_interval == 0)
+            and not asked_to_stop
+            and progress["val_step"] != step
+        ):
+            progress["train_ms"] = clock.stop()
+            look_back(everything=True)
+            last_ms = progress["train_ms"]
+            val_loss = lanes.evaluate(
+                config, state, val_batches, ranks, schedule.at(config, step), last=at_end
+            )
+            if not math.isfinite(val_loss):
+                ranks.fail(
+                    NonFiniteError(f"{run.folder}: step {step}: validation loss {val_loss}; lower --muon_lr")
+                )
+            progress.update(val_step=step, val_loss=val_loss)
+            run.record(
+                "val", step=step, val_loss=val_loss, tokens=progress["tokens"], train_ms=progress["train_ms"]
+            )
+            record = rules.record_loss(config, step)
+            beside = "" if record is None else f" (the record's run: {record:.3f})"
+            run.say(
+                f"step {step}/{plan.total_steps}: val loss {val_loss:.4f}{beside}, {progress['train_ms'] / 1e3:.2f} s"
+            )
+            if wandb:
+                wandb.log({"val_loss": val_loss}, step=step)
+            if not at_end:
+                clock.start()
+        # Between Adam's updates gradients are waiting, which several ranks would round in saving: not there.
+        whole = at_end or not state.optimizer.pending
+        if (save_due or asked_to_stop or at_end) and whole and saved_step != step and step > 0:
+            look_back(everything=True)
+            # A save in the middle of the run is timed like everything else.
+            progress["train_ms"] = clock.now()
+            save()
+            save_due = False
+        if at_end or (asked_to_stop and whole):
+            break
+
+        # One optimizer step: the lanes of this rank, then the update. Nothing here waits for the device.
+        today = schedule.at(config, step)
+        if today.yarn_window != schedule.at(config, max(0, step - 1)).yarn_window:
+            state.model.rotary.follow(list(schedule.yarn_windows(config, step)))
+        losses = [
+            lanes.train_lane(state, ranks, batches.get(step, micro_step), today)
+            for micro_step in range(plan.micro_steps)
+        ]
+        state.optimizer.step(today)
+        setup.refresh_fp8(state, ranks, today.exact_fp8)
+        progress["step"] += 1
+        progress["tokens"] += today.batch_tokens
+        wants_save = ranks.is_main and setup.save_is_due(config, step + 1, clock)
+        about = {
+            "step": step, "tokens": today.batch_tokens, "total": progress["tokens"], "lr": today.lr,
+            "weights": sum(today.mtp) + today.prefix, "train_ms": clock.now(),
+        }  # fmt: skip
+        messages.send(about, sum(losses), [stop.look(), wants_save])
+
+    status = "finished" if at_end else "stopped" if stop.reason == "stop file" else "interrupted"
+    against = rules.reasons_against(
+        config, plan, resumed=state.resumed, val_tokens=val_batches.num_tokens, has_manifest=token_set.has_manifest,
+        val_loss=progress["val_loss"],
+    )  # fmt: skip
+    if at_end:
+        for line in report.closing_lines(plan, progress, against):
+            run.say(line)
+    else:
+        by_file = f"rm {run.folder}/stop; " if stop.reason == "stop file" else ""
+        run.say(
+            f"stopped at step {step} ({stop.reason or 'another rank was asked to'}); checkpoint saved; go on with: "
+            f"{by_file}{PROG} --init_from=resume --out_dir={run.folder}"
+        )
+    run.record(
+        "end", step=step, status=status, val_loss=progress["val_loss"], train_ms=progress["train_ms"],
+        target=plan.target_loss or None, target_met=bool(plan.target_loss) and progress["val_loss"] <= plan.target_loss,
+        eligible=at_end and not against, ineligible=against, val_tokens=val_batches.num_tokens,
+        world_size=ranks.world_size,
+    )  # fmt: skip
+    if wandb:
+        wandb.finish()
+    ranks.wait()  # for rank 0 to have saved: when one rank leaves with 75, torchrun ends the others
+    stop.done()
+    return 0 if at_end else EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,19 @@
+"""Names of checkpoint folders: what can be known of them without torch."""
+
+import re
+from pathlib import Path
+
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def name_of(step: int) -> str:
+    """The folder's name."""
+    return f"step_{step:08d}"
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint folder, oldest first; whether they are sound is another question."""
+    if not folder.is_dir():
+        return []
+    names = (_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in names if match)

@@ -1,0 +1,1 @@
+"""How each token set is made: one folder with a prepare.py a set, and what they share."""

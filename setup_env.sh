@@ -1,0 +1,371 @@
+#!/usr/bin/env bash
+# Builds the Python environment: once; repeating it takes seconds, and an interrupted one goes on. See --help.
+set -euo pipefail
+
+readonly PYTHON_OF_CONDA=3.12
+readonly MIN_DRIVER_CU13=580 MIN_DRIVER_CU12=525  # NVIDIA's minimum drivers for CUDA 13 and CUDA 12
+readonly TORCH_FOR_CU12=https://download.pytorch.org/whl/cu126
+
+usage() {
+    cat <<'END'
+usage: bash setup_env.sh [options]
+
+Makes $ENV_PATH (default: $HOME/conda_envs/nanogpt_env): a conda environment where there is conda, else a venv with
+the system's Python 3.11 to 3.14. Installs the versions pinned in pyproject.toml, imports them all, and prints what
+it found. Nothing outside $ENV_PATH changes but the clone's *.egg-info; no start-up file of a shell is edited.
+
+  --dev                 what the tests need, too
+  --extras LIST         which extras of pyproject.toml to install (default train,tools), or none
+  --brief               when nothing has to be done, say so in one line and skip the imports
+  --plan                say what would be done, and do nothing
+  --no-conda            a venv even where there is conda
+  --install-miniforge   where there is no conda, first install Miniforge in $HOME/miniforge3 (version pinned, SHA-256
+                        checked). Many clusters discourage it: prefer their module
+  --rebuild             remove an environment that this script made, and start again
+  --help
+
+Settings (environment variables):
+  ENV_PATH              where the environment goes
+  ENV_PYTHON            the Python of the venv (default: the newest of python3.14 ... python3.11 on PATH)
+  CONDA_SH              etc/profile.d/conda.sh of your conda (default: conda on PATH, the module, the usual folders)
+  MINIFORGE_MODULE      the module that brings conda (default: miniforge)
+  TORCH_INDEX_URL       where torch comes from. Default, by NVIDIA's driver: 580 and newer: pip's index, whose build
+                        is for CUDA 13.0; 525 to 579: PyTorch's index for CUDA 12.6; no driver: pip's index, so that a
+                        login node gets what its GPU nodes run
+  ENV_MIN_FREE_GB       free disk space to insist on (default 12 with torch, else 1)
+  MINIFORGE_URL         the folder that holds the Miniforge installer
+  MINIFORGE_SHA256      the installer's digest, when it is not the pinned one
+
+What is tested: the venv for real, conda with a stand-in that builds a real venv. Real conda is checked by users only.
+END
+}
+
+say() { printf 'setup_env: %s\n' "$*"; }
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+stopped() { # a trap waits for what runs (pip puts its own words on the terminal), then goes before any `|| die`
+    say "stopped by Ctrl-C; what is done stays, and the same command goes on" >&2
+    trap - INT
+    exit 130
+}
+
+parse_options() {
+    extras=train,tools dev=no brief=no plan=no use_conda=yes install_miniforge=no rebuild=no
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --dev) dev=yes ;;
+            --brief) brief=yes ;;
+            --plan) plan=yes ;;
+            --no-conda) use_conda=no ;;
+            --install-miniforge) install_miniforge=yes ;;
+            --rebuild) rebuild=yes ;;
+            --extras=*) extras=${1#--extras=} ;;
+            --extras)
+                [ $# -ge 2 ] || die "--extras: a list is missing; for example --extras train,tools, or none"
+                extras=$2
+                shift
+                ;;
+            -h | --help)
+                usage
+                exit 0
+                ;;
+            *) die "unknown option $1; all options: bash setup_env.sh --help" ;;
+        esac
+        shift
+    done
+    case $extras in
+        '' | *[!a-z,]*) die "--extras: '$extras': expected names of pyproject.toml's extras with commas, or none" ;;
+    esac
+    if [ "$dev" = yes ]; then
+        if [ "$extras" = none ]; then extras=dev; else extras=$extras,dev; fi
+    fi
+}
+
+# ---- where everything is -------------------------------------------------------------------------------------------
+
+locate() {
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+    [ -n "${HOME:-}" ] || die "HOME: not set; set it, or name the environment's place in ENV_PATH"
+    env_path=${ENV_PATH:-$HOME/conda_envs/nanogpt_env}
+    case $env_path in
+        /*) ;;
+        *) env_path=$PWD/$env_path ;;
+    esac
+    while [ "$env_path" != "${env_path%/}" ]; do env_path=${env_path%/}; done
+    case $env_path in
+        '' | "$HOME" | "$root")
+            die "ENV_PATH: ${env_path:-/}: the environment needs a folder of its own; for example $HOME/nanogpt_env"
+            ;;
+    esac
+    python=$env_path/bin/python
+    stamp=$env_path/.engaging-nanogpt
+    torch_from=$env_path/.torch_index
+    marker=$env_path.setup # says how far a set-up came, and is what two of them lock
+}
+
+# The environment's own Python decides what is complete; `tool` runs it where this clone's packages are found.
+tool() { (cd "$root" && "$python" -m tools.environment "$@"); }
+
+stamped() { sed -n "s/^$1=//p" "$stamp" 2>/dev/null || true; }
+
+state() { cat "$marker" 2>/dev/null || true; }
+
+record() {
+    printf '%s\n' "$1" >"$marker" || die "$marker: cannot be written; free space, or set ENV_PATH to another place"
+}
+
+# `any`: the build that the environment has stays, and a new environment takes that of pip's default index. So a home
+# folder shared by a login node without driver and GPU nodes with one is installed once.
+choose_torch() {
+    local driver=""
+    torch_index="" torch_why="pip's default index"
+    if [ -n "${TORCH_INDEX_URL:-}" ]; then
+        torch_index=$TORCH_INDEX_URL torch_why="TORCH_INDEX_URL=$TORCH_INDEX_URL"
+        return
+    fi
+    if driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null); then
+        driver=${driver%%.*}
+    fi
+    case $driver in
+        '' | *[!0-9]*)
+            torch_index=any
+            torch_why="pip's default index (no NVIDIA driver here; on Linux that build is for CUDA 13.0: right for GPU nodes)"
+            ;;
+        *)
+            if [ "$driver" -ge $MIN_DRIVER_CU13 ]; then
+                torch_index=any torch_why="pip's default index: its build is for CUDA 13.0, and driver $driver runs it"
+            elif [ "$driver" -lt $MIN_DRIVER_CU12 ]; then
+                die "NVIDIA driver $driver: too old for this torch, which needs $MIN_DRIVER_CU12; update it, or use" \
+                    "the CPU build: TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu bash setup_env.sh"
+            elif [ -n "$(cat "$torch_from" 2>/dev/null)" ]; then
+                torch_index=any torch_why="where it came from: $(cat "$torch_from")"
+            else
+                torch_index=$TORCH_FOR_CU12 torch_why="$TORCH_FOR_CU12: driver $driver is too old for CUDA 13"
+            fi
+            ;;
+    esac
+}
+
+# ---- checks before anything is changed -----------------------------------------------------------------------------
+
+existing_parent() { # the deepest folder of a path that is there already
+    local folder=$1
+    while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
+    printf '%s\n' "$folder"
+}
+
+free_gb() { # whole GB free where a folder is, or is going to be
+    local folder
+    folder=$(existing_parent "$1")
+    df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1048576) }'
+}
+
+may_write() { # asks the file system itself: root passes every other test, on a read-only one too
+    local probe=$1/.setup_env.$$
+    (: >"$probe") 2>/dev/null || return 1
+    rm -f "$probe"
+}
+
+is_empty() { [ -d "$1" ] && [ -z "$(ls -A "$1")" ]; }
+
+check_place() {
+    local parent need free
+    parent=$(existing_parent "$env_path")
+    may_write "$parent" || die "ENV_PATH: $env_path: $parent cannot be written; set ENV_PATH to a folder you may write"
+    may_write "$root" || die "$root: cannot be written, and pip puts its egg-info here; clone into a folder of yours"
+    if [ -e "$env_path" ] && [ ! -e "$stamp" ] && [ -z "$(unfinished)" ] && ! is_empty "$env_path"; then
+        die "ENV_PATH: $env_path: this script did not make it; remove it yourself, or set ENV_PATH to another place"
+    fi
+    case ,$extras, in
+        *,train,*) need=${ENV_MIN_FREE_GB:-12} ;;
+        *) need=${ENV_MIN_FREE_GB:-1} ;;
+    esac
+    case $need in *[!0-9]*) die "ENV_MIN_FREE_GB: $need: expected a whole number" ;; esac
+    if [ -x "$python" ] && [ -z "${ENV_MIN_FREE_GB:-}" ]; then need=1; fi # most of it is there already
+    free=$(free_gb "$env_path")
+    [ "$free" -ge "$need" ] ||
+        die "ENV_PATH: $env_path: $free GB free, $need GB needed; free some, or set ENV_PATH to another disk"
+    if [ "$need" -gt 4 ] && [ "$(free_gb "${TMPDIR:-/tmp}")" -lt 4 ]; then
+        export TMPDIR=$env_path.tmp
+        mkdir -p "$TMPDIR"
+        say "the temporary folder is small, so pip unpacks in $TMPDIR"
+    fi
+}
+
+unfinished() { # what a set-up that did not come to its end was doing
+    case $(state) in creating | installing) state ;; esac
+}
+
+lock() { # held as long as file 9 is open: by pip too, should this script be killed under it
+    mkdir -p "$(dirname "$env_path")" 2>/dev/null || die "ENV_PATH: $env_path: its folder cannot be made; set ENV_PATH to another place"
+    [ ! -d "$marker" ] || die "$marker: is a folder; move it away, or set ENV_PATH to another place"
+    { exec 9>>"$marker"; } 2>/dev/null || die "$marker: cannot be written; set ENV_PATH to a folder you may write"
+    if try_lock; then return; fi
+    say "another setup_env.sh is at work on $env_path; waiting for it"
+    until try_lock; do sleep 1; done
+}
+
+try_lock() {
+    if command -v flock >/dev/null 2>&1; then
+        flock -n 9
+    else # macOS: the same lock on the same file, taken through Python
+        python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null
+    fi
+}
+
+# ---- the work ------------------------------------------------------------------------------------------------------
+
+create() {
+    record creating # from here until `installing` the folder is ours to remove
+    rm -rf "$env_path"
+    if [ -n "$conda_sh" ]; then
+        say "[1/3] conda environment with Python $PYTHON_OF_CONDA (conda: $conda_from)"
+        (
+            set +eu # conda's own functions do not stand either
+            # shellcheck disable=SC1090
+            . "$conda_sh" &&
+                conda create -y -p "$env_path" --override-channels -c conda-forge "python=$PYTHON_OF_CONDA" pip
+        ) || die "conda could not create $env_path (above); run this again, or with --no-conda for a venv"
+    else
+        say "[1/3] no conda here, so a venv with the system's $("$base_python" --version) ($base_python)"
+        "$base_python" -m venv "$env_path" ||
+            die "$base_python could not make a venv in $env_path (above); free space, or set ENV_PYTHON"
+    fi
+    [ -x "$python" ] || die "$env_path: holds no bin/python after its creation; run: bash setup_env.sh --rebuild"
+    printf '%s\n' "$conda_sh" >"$env_path/.conda_sh" # what activate_env.sh activates it with; empty: a venv
+    record installing
+}
+
+pip_install() {
+    (cd "$root" && "$python" -m pip install --no-input "$@") ||
+        die "pip could not install everything (above); what is done stays: check the network and run this again"
+}
+
+install_torch() { # the second step of `install_packages`; with the default index the third step brings it
+    local had
+    if had=$(cat "$torch_from" 2>/dev/null); then
+        if [ "$torch_index" = any ]; then torch_index=$had; fi
+        if [ "$torch_index" != "$had" ]; then
+            say "torch is replaced: it came from ${had:-the default index of pip}"
+            "$python" -m pip uninstall -y torch triton || true
+        fi
+    elif [ "$torch_index" = any ]; then
+        torch_index=""
+    fi
+    printf '%s\n' "$torch_index" >"$torch_from" # before the installation: an interrupted one may have half of it
+    say "[2/3] torch from $torch_why"
+    if [ -n "$torch_index" ]; then
+        pip_install --index-url "$torch_index" "$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' "$root/pyproject.toml")"
+    fi
+}
+
+install_packages() {
+    local target=. had_extras lacking
+    had_extras=$(stamped extras)
+    if [ "$extras" = none ]; then
+        extras=${had_extras:-none}
+    elif [ -n "$had_extras" ]; then
+        extras=$extras,$had_extras
+    fi
+    record installing
+    rm -f "$stamp"
+    case ,$extras, in
+        *,train,*) install_torch ;;
+        *) torch_index="" ;;
+    esac
+    say "[3/3] the pinned packages: $extras"
+    if [ "$extras" != none ]; then target=".[$extras]"; fi
+    pip_install "setuptools>=77"
+    pip_install --no-build-isolation -e "$target" # so that a second clone needs no network
+    lacking=$(tool lacking --extras "$extras") || die "$env_path: its packages cannot be read; run: bash setup_env.sh --rebuild"
+    if [ -n "$lacking" ]; then
+        say "      $lacking: this torch (a CPU build) brings none, and the tests of the kernels need it"
+        pip_install "$lacking"
+    fi
+    tool stamp --extras "$extras" --torch_index "$torch_index"
+    record "done"
+    rm -rf "$env_path.tmp"
+}
+
+finish() {
+    if [ "$brief" = yes ] && [ "$1" = complete ]; then
+        say "$env_path is complete"
+        return
+    fi
+    say "importing everything once"
+    tool report --extras "$extras"
+    say "ready: $env_path"
+    if [ "$brief" = yes ]; then return; fi # make goes on with what it was asked for
+    say "next: make quickstart     (or, for a shell of your own: source activate_env.sh)"
+}
+
+main() {
+    local why="" extra
+    trap stopped INT
+    parse_options "$@"
+    locate
+    # shellcheck source=slurm/lib/env.sh
+    . "$root/slurm/lib/env.sh"
+    # What a user's shell or configuration may carry must not leak into the environment, nor the installation out of it.
+    export PYTHONNOUSERSITE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
+    unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
+    for extra in ${extras//,/ }; do
+        [ "$extra" = none ] || grep -q "^$extra = \[" "$root/pyproject.toml" ||
+            die "--extras: $extra: no such extra in pyproject.toml"
+    done
+    choose_torch
+    if [ "$rebuild" = no ] && [ "$plan" = no ] && is_complete; then
+        finish complete
+        return
+    fi
+    check_place
+    conda_sh="" conda_from="" base_python=""
+    if [ "$plan" = no ]; then lock; fi
+    if [ "$rebuild" = yes ] || ! runs; then
+        if [ "$use_conda" = yes ]; then find_conda; fi
+        if [ -z "$conda_sh" ] && [ "$install_miniforge" = yes ] && [ "$plan" = no ]; then install_miniforge; fi
+        if [ -z "$conda_sh" ]; then find_python; fi
+    fi
+    if [ "$plan" = yes ]; then
+        show_plan
+        return
+    fi
+    if [ "$rebuild" = no ] && is_complete; then # by the one that held the lock
+        finish complete
+        return
+    fi
+    say "$env_path: ${why:-to be made}"
+    if [ -n "$conda_sh$base_python" ]; then
+        create
+    elif [ "$(state)" = installing ]; then
+        tool repair
+    fi
+    install_packages
+    finish new
+}
+
+runs() { [ "$(state)" != creating ] && [ -x "$python" ] && "$python" -c 'import pip' >/dev/null 2>&1; }
+
+is_complete() { # and if not, sets why
+    why="to be made"
+    [ -x "$python" ] && [ -e "$stamp" ] && [ -z "$(unfinished)" ] || return 1
+    why=$(tool check --extras "$extras" --torch_index "$torch_index" 2>&1)
+}
+
+show_plan() {
+    if [ -n "$conda_sh" ]; then
+        say "$env_path: conda environment, Python $PYTHON_OF_CONDA, by $conda_sh (found: $conda_from)"
+    elif [ -n "$base_python" ]; then
+        say "$env_path: venv, $("$base_python" --version), by $base_python (no conda)"
+    else
+        say "$env_path: is there, and would be brought up to date"
+    fi
+    say "extras: $extras"
+    say "torch from $torch_why"
+}
+
+main "$@"

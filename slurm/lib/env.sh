@@ -1,0 +1,138 @@
+# shellcheck shell=bash
+# Where an environment's Python comes from: a conda that is there, the system's Python, or Miniforge.
+# Sourced by setup_env.sh, whose `say` and `die` it uses. Sets conda_sh, conda_from and base_python, empty where there
+# is none.
+# shellcheck disable=SC2034  # set for setup_env.sh
+
+readonly MINIFORGE_VERSION=26.3.2-3
+
+conda_sh_of() { # the conda.sh of a conda command's installation, or nothing
+    local base
+    base=$("$1" info --base 2>/dev/null) || return 0
+    if [ -f "$base/etc/profile.d/conda.sh" ]; then printf '%s\n' "$base/etc/profile.d/conda.sh"; fi
+}
+
+conda_of_module() { # through the module system, in a shell of its own: modules may leave anything behind
+    (
+        set +eu
+        if ! type module >/dev/null 2>&1; then
+            for init in /etc/profile.d/lmod.sh /etc/profile.d/z00_lmod.sh /etc/profile.d/modules.sh; do
+                # shellcheck disable=SC1090  # there is no such file where this is checked
+                if [ -r "$init" ]; then . "$init" >/dev/null 2>&1; fi
+            done
+        fi
+        type module >/dev/null 2>&1 && module load "${MINIFORGE_MODULE:-miniforge}" >/dev/null 2>&1
+        if command -v conda >/dev/null 2>&1; then conda_sh_of conda; fi
+    )
+}
+
+find_conda() { # sets conda_sh and conda_from
+    local folder
+    conda_sh="" conda_from=""
+    if [ -n "${CONDA_SH:-}" ]; then
+        [ -f "$CONDA_SH" ] || die "CONDA_SH: $CONDA_SH: no such file; it is <conda's folder>/etc/profile.d/conda.sh"
+        conda_sh=$CONDA_SH conda_from="CONDA_SH"
+        return
+    fi
+    if command -v conda >/dev/null 2>&1; then
+        conda_sh=$(conda_sh_of conda) conda_from="conda on PATH"
+    elif [ -n "${CONDA_EXE:-}" ] && [ -x "$CONDA_EXE" ]; then
+        conda_sh=$(conda_sh_of "$CONDA_EXE") conda_from="CONDA_EXE"
+    fi
+    if [ -n "$conda_sh" ]; then return; fi
+    conda_sh=$(conda_of_module) conda_from="module load ${MINIFORGE_MODULE:-miniforge}"
+    if [ -n "$conda_sh" ]; then return; fi
+    for folder in "$HOME"/{miniforge3,mambaforge,miniconda3,anaconda3,conda} \
+        /opt/{miniforge3,conda,miniconda3,anaconda3} /usr/local/{miniforge3,miniconda3}; do
+        if [ -f "$folder/etc/profile.d/conda.sh" ] && [ ! -e "$folder.setup" ]; then
+            conda_sh=$folder/etc/profile.d/conda.sh conda_from=$folder
+            return
+        fi
+    done
+    conda_from=""
+}
+
+find_python() { # sets base_python: the newest Python that can make a venv, and that torch supports
+    local name found wrong=""
+    base_python=""
+    local probe='
+import sys
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+    sys.exit(f"is Python {sys.version_info[0]}.{sys.version_info[1]}, and 3.11 to 3.14 is needed")
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("lacks the venv module (on Debian and Ubuntu: apt-get install python3-venv)")
+print(getattr(sys, "_base_executable", "") or sys.executable)'
+    if [ -n "${ENV_PYTHON:-}" ]; then
+        base_python=$("$ENV_PYTHON" -c "$probe" 2>&1) || die "ENV_PYTHON: $ENV_PYTHON: ${base_python:-does not start}"
+        return
+    fi
+    for name in python3.14 python3.13 python3.12 python3.11 python3; do
+        command -v "$name" >/dev/null 2>&1 || continue
+        if found=$("$name" -c "$probe" 2>&1); then
+            base_python=$found
+            return
+        fi
+        case $found in # a version manager's stand-in for a Python that is not there says something else: skip it
+            is\ Python* | lacks*) wrong="$name $found" ;;
+        esac
+    done
+    die "no conda, and no Python to make a venv with${wrong:+ ($wrong)}; install Python 3.11 or newer, name one in" \
+        "ENV_PYTHON, or: bash setup_env.sh --install-miniforge"
+}
+
+sha256_of() {
+    if command -v sha256sum >/dev/null 2>&1; then sha256sum "$1"; else shasum -a 256 "$1"; fi | cut -d ' ' -f 1
+}
+
+miniforge_sha256() { # as package managers record them for this release (Spack; Homebrew's cask)
+    case $1 in
+        Linux-x86_64) echo 848194851a98903134187fbb4ab50efe87b003e0c0f808f97644b7524a62bf2c ;;
+        Linux-aarch64) echo 2c113a69297e612b01ca0f320c22a3107a11f2ab9b573d79ac868a175945ce29 ;;
+        MacOSX-x86_64) echo 39273e4c89a0a1af4538010615d44ae8f44e1af41007e02def593d20f316b003 ;;
+        MacOSX-arm64) echo 59168f1e24d0a4ad9932021170809fca836cd240e183eeeb331d5bcfc0098168 ;;
+        *) die "Miniforge: nothing is known for $1; install conda yourself and name its conda.sh in CONDA_SH" ;;
+    esac
+}
+
+download() { # URL, file
+    if command -v curl >/dev/null 2>&1; then
+        curl -fsSL --retry 3 -o "$2" "$1"
+    elif command -v wget >/dev/null 2>&1; then
+        wget -q -O "$2" "$1"
+    else
+        die "Miniforge: neither curl nor wget is here to download it; install one of them"
+    fi
+}
+
+install_miniforge() {
+    local prefix=$HOME/miniforge3 platform file url want have folder
+    case $prefix in
+        *' '*) die "Miniforge: $prefix: its installer takes no space in a path; install conda elsewhere, set CONDA_SH" ;;
+    esac
+    platform=$(uname -s)-$(uname -m)
+    platform=${platform/Darwin/MacOSX}
+    file=Miniforge3-$MINIFORGE_VERSION-$platform.sh
+    url=${MINIFORGE_URL:-https://github.com/conda-forge/miniforge/releases/download/$MINIFORGE_VERSION}/$file
+    want=${MINIFORGE_SHA256:-$(miniforge_sha256 "$platform")} || exit 2
+    if [ -e "$prefix" ] && [ ! -e "$prefix.setup" ]; then
+        die "Miniforge: $prefix: is there already, and holds no conda; move it away"
+    fi
+    folder=$(mktemp -d "$HOME/.miniforge.XXXXXX") || die "Miniforge: $HOME cannot be written"
+    trap 'rm -rf "$folder"' EXIT
+    say "downloading Miniforge $MINIFORGE_VERSION"
+    download "$url" "$folder/$file" ||
+        die "Miniforge: $url: could not be downloaded; check the network, or set MINIFORGE_URL"
+    have=$(sha256_of "$folder/$file")
+    [ "$have" = "$want" ] || die "Miniforge: $url: SHA-256 is $have, expected $want; it was not run"
+    say "installing Miniforge in $prefix"
+    : >"$prefix.setup" # until it is gone the folder is half made
+    rm -rf "$prefix"
+    bash "$folder/$file" -b -p "$prefix" || die "Miniforge: its installer failed (above); run this again"
+    rm -f "$prefix.setup"
+    rm -rf "$folder"
+    trap - EXIT
+    conda_sh=$prefix/etc/profile.d/conda.sh conda_from=$prefix
+    [ -f "$conda_sh" ] || die "Miniforge: $prefix holds no etc/profile.d/conda.sh after the installation"
+}

@@ -1,0 +1,354 @@
+#!/bin/bash
+# Starts a trainer on whatever there is, and looks after it: the one launch path of the batch scripts, of `engaging
+# launch` and of a person without SLURM.
+#
+#   bash slurm/lib/run.sh [--gpus N] [--args-file FILE] [--] TRAINER [ARGS...]
+#
+# TRAINER is nanogpt.train or nanogpt/train.py. The words of FILE, each ended by a NUL byte, follow those of the
+# command line (TRAINER may be the first of them). The current folder stays what it is.
+#
+#   in a batch job     srun starts one task a node. Preempted or near its time limit, the trainer saves and exits 75;
+#                      then the job requeues itself, at most MAX_RESTARTS (default 100) times. A trainer that breaks
+#                      is started again, until it broke three times in a row without a new checkpoint.
+#   in a task of srun  this node's part: `srun --ntasks-per-node=1 bash slurm/lib/run.sh ...` inside an allocation.
+#   without SLURM      on this machine's GPUs, once.
+#
+# Several ranks run under torchrun, one rank runs by itself. Exit status: the trainer's.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+readonly MAX_FAILURES=3 # in a row, without progress
+readonly RETRY_SECONDS=5
+readonly STEP_PATIENCE=300 # seconds in which SLURM must be able to start the trainer's step
+
+parse_words() { # sets trainer and words
+    local word file=""
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --gpus) export NUM_GPUS=${2:?}; shift ;;
+            --gpus=*) export NUM_GPUS=${1#--gpus=} ;;
+            --args-file) file=${2:?}; shift ;;
+            --args-file=*) file=${1#--args-file=} ;;
+            --) shift; break ;;
+            -*) die "run.sh: unknown flag $1; it takes --gpus and --args-file, the trainer's flags follow its name" ;;
+            *) break ;;
+        esac
+        shift
+    done
+    words=("$@")
+    if [ -n "$file" ]; then
+        [ -r "$file" ] || die "--args-file=$file: cannot be read"
+        while IFS= read -r -d '' word; do words+=("$word"); done <"$file"
+    fi
+    [ ${#words[@]} -gt 0 ] || die "run.sh: nothing to run; name a trainer, such as nanogpt.train"
+    trainer=${words[0]}
+    words=("${words[@]:1}")
+    if [[ $trainer != */* && $trainer != *.py ]]; then trainer=${trainer//.//}.py; fi
+    if [[ $trainer != /* ]]; then trainer=$ROOT/$trainer; fi
+    [ -f "$trainer" ] || die "${trainer#"$ROOT"/}: there is no such trainer"
+}
+
+flag_value() { flag_of "$1" ${words[@]+"${words[@]}"}; } # NAME: of the trainer's words
+
+# ---- one node's part --------------------------------------------------------------------------------------------
+
+run_node() { # FOLDER NODES NODE HEAD: the ranks of this node; FOLDER is shared by the nodes
+    local folder=$1 nodes=$2 node=$3 head=$4 interface address
+    if [ -n "${RUN_GPUS:-}" ]; then gpus=$RUN_GPUS; else choose_gpus; fi
+    if [ "$gpus" -lt 1 ]; then gpus=1; fi # a CPU run is one rank
+    set_threads "$gpus"
+    set_caches
+    mkdir -p "$folder"
+    if [ $((gpus * nodes)) -eq 1 ]; then
+        exec python "$ROOT/slurm/lib/rank.py" "$folder" "$trainer" ${words[@]+"${words[@]}"}
+    fi
+    if [ "$nodes" -eq 1 ]; then
+        interface=lo address=127.0.0.1
+    else
+        read -r interface address < <(python "$ROOT/slurm/lib/rendezvous.py" local "$head")
+    fi
+    set_network "$interface" "$nodes"
+    if [ "$node" -eq 0 ]; then
+        (trap '' USR1 TERM && exec python "$ROOT/slurm/lib/rendezvous.py" serve "$folder/store" "$address") &
+    fi
+    wait_for_store "$folder/store"
+    torchrun_words "$nodes" "$folder"
+    if [ "$nodes" -eq 1 ]; then
+        if [ -z "$torchrun_forwards" ]; then trap '' USR1; fi # else it dies of the signal that its ranks live by
+        exec python "$ROOT/slurm/lib/torchrun.py" "${torchrun[@]}"
+    fi
+    run_one_of_several "$folder" "$nodes" "$node"
+}
+
+run_one_of_several() { # FOLDER NODES NODE: the first node's store stays until every node's torchrun has ended well
+    local limit others
+    trap : TERM USR1 INT # they reach torchrun and the ranks by themselves: all of them are in the step
+    if [ -z "$torchrun_forwards" ]; then trap '' USR1; fi
+    python "$ROOT/slurm/lib/torchrun.py" "${torchrun[@]}" &
+    child=$!
+    end_with_others "$1" "$child" &
+    wait_for_child
+    if [ "$child_status" -ne 0 ]; then
+        : >"$1/failed-$3"
+        exit "$child_status" # and the store with it: ranks elsewhere would wait for this node's for minutes
+    fi
+    : >"$1/done-$3"
+    limit=$((SECONDS + 60))
+    while [ "$3" -eq 0 ] && [ $SECONDS -lt $limit ]; do
+        others=("$1"/done-*)
+        if [ ${#others[@]} -eq "$2" ]; then break; fi
+        sleep 0.1
+    done
+    exit 0
+}
+
+end_with_others() { # FOLDER PROCESS: ends it when another node has failed and it does not notice
+    while sleep 2 && kill -0 "$2" 2>/dev/null; do
+        if compgen -G "$1/failed-*" >/dev/null; then
+            sleep 20
+            kill -TERM "$2" 2>/dev/null || :
+            return
+        fi
+    done
+}
+
+torchrun_words() { # NODES FOLDER: sets torchrun and torchrun_forwards
+    local address port source
+    read -r address port <"$2/store"
+    export RUN_STORE="$address $port" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    torchrun=(--nnodes="$1" --nproc-per-node="$gpus" --max-restarts=0 --rdzv-backend=c10d --rdzv-conf=is_host=0)
+    torchrun+=(--rdzv-endpoint="$address:$port" --rdzv-id="run-${2##*/}")
+    source=$(python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') ||
+        die "torch: not in this environment; run: bash setup_env.sh"
+    torchrun_forwards=""
+    if grep -q -- --signals-to-handle "$source/distributed/run.py" 2>/dev/null; then
+        torchrun_forwards=yes
+        torchrun+=("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    fi
+    if grep -q -- --shutdown-timeout "$source/distributed/run.py" 2>/dev/null; then
+        torchrun+=(--shutdown-timeout=600) # the scheduler's grace is the limit, not torchrun's 30 s
+    fi
+    torchrun+=("$ROOT/slurm/lib/rank.py" "$2" "$trainer" ${words[@]+"${words[@]}"})
+}
+
+wait_for_store() { # FILE: written by the first node; other nodes may see it late on a network file system
+    local limit=$((SECONDS + 300))
+    until [ -s "$1" ]; do
+        [ $SECONDS -lt $limit ] || die "$1: the first node has not opened the meeting point within 300 s"
+        ls "${1%/*}" >/dev/null # looks again at a folder that NFS has cached
+        sleep 0.05
+    done
+}
+
+set_network() { # INTERFACE NODES: where NCCL and gloo talk, unless the user has said so; InfiniBand stays on
+    if [ -n "$1" ]; then
+        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$1} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$1}
+    fi
+    if [ "$2" -gt 1 ]; then
+        if grep -qs ACTIVE /sys/class/infiniband/*/ports/*/state; then
+            say "$(hostname): InfiniBand is up, NCCL uses it; sockets on $1"
+        else
+            say "$(hostname): no InfiniBand, NCCL talks over ${1:-the interface it finds}"
+        fi
+    fi
+}
+
+# ---- the job's part ---------------------------------------------------------------------------------------------
+
+signalled=""
+child=""
+
+# shellcheck disable=SC2329  # called by traps
+on_signal() { # two different signals may come at once and bash may lose one: either does the same
+    signalled=$1
+    if [ -n "$child" ]; then kill -s "$child_signal" "$child" 2>/dev/null || :; fi
+}
+
+wait_for_child() { # its exit status in child_status, however often a signal interrupts the wait
+    while :; do
+        child_status=0
+        wait "$child" || child_status=$?
+        if ! kill -0 "$child" 2>/dev/null; then return; fi
+    done
+}
+
+outcome_of() { # FOLDER STATUS: what the trainer meant, from its ranks' notes, else from its run directory
+    local codes code out_dir
+    codes=$(cat "$1"/rank-* 2>/dev/null || :)
+    for code in 2 70 74 76 1 75; do # a mistake outweighs a crash, a crash outweighs an interruption
+        if grep -qx "$code" <<<"$codes"; then echo "$code"; return; fi
+    done
+    code=$(grep -vx 0 <<<"$codes" | head -n 1 || :)
+    out_dir=$(flag_value out_dir)
+    if [ -n "$code" ]; then
+        echo "$code"
+    elif [ "$2" -ne 0 ] && [ -n "$out_dir" ] &&
+        tail -n 1 "$out_dir/metrics.jsonl" 2>/dev/null | grep -q '"status": *"interrupted"'; then
+        echo "$EXIT_INTERRUPTED"
+    else
+        echo "$2"
+    fi
+}
+
+progress_mark() { # changes when the run has saved a checkpoint
+    local out_dir
+    out_dir=$(flag_value out_dir)
+    # shellcheck disable=SC2012  # only whether it changes matters
+    if [ -n "$out_dir" ]; then { ls -1 "$out_dir/checkpoints" 2>/dev/null || :; } | cksum; fi
+}
+
+state_folder() { # where this job's attempts are noted; beside the logs, so that a requeued job finds it
+    local folder
+    folder=$PWD/logs/.attempts/${SLURM_CLUSTER_NAME:-slurm}-$(job_name)
+    mkdir -p "$folder" || die "$folder: cannot be made; check the quota of this file system"
+    echo "$folder"
+}
+
+supervise() { # a batch job: attempts until the run is done, moved to a later start of the job, or given up
+    local state failures mark before folder status started
+    choose_gpus
+    export RUN_GPUS=$gpus
+    state=$(state_folder)
+    failures=$(cat "$state/failures" 2>/dev/null || echo 0)
+    is_number "$failures" || failures=0
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    child_signal=USR1
+    while :; do
+        started=$SECONDS
+        folder=$state/$((${SLURM_RESTART_COUNT:-0} + 1)).$((failures + 1)).$(date +%s)
+        mkdir -p "$folder"
+        before=$(progress_mark)
+        run_step "$folder"
+        status=$(outcome_of "$folder" "$child_status")
+        mark=$(progress_mark)
+        printf '%s restart=%s status=%s signal=%s seconds=%s\n' "$(date '+%F %T')" "${SLURM_RESTART_COUNT:-0}" \
+            "$status" "${signalled:-none}" $((SECONDS - started)) >>"$state/history"
+        case $status in
+            0) break ;;
+            "$EXIT_INTERRUPTED")
+                echo 0 >"$state/failures"
+                requeue_or_explain
+                exit "$EXIT_INTERRUPTED"
+                ;;
+            2 | 70 | 74 | 76) break ;; # another attempt would end the same way
+            137 | 138 | 143) # the signal came before the trainer listened to it, or left it no time
+                if [ -n "$signalled" ]; then
+                    requeue_or_explain "ended before it could save"
+                    exit "$EXIT_INTERRUPTED"
+                fi
+                ;;
+        esac
+        if [ -n "$signalled" ]; then break; fi # being ended: there is nothing to start again
+        if [ "$mark" != "$before" ]; then failures=1; else failures=$((failures + 1)); fi
+        echo "$failures" >"$state/failures"
+        if [ "$failures" -ge "$MAX_FAILURES" ]; then
+            say "--- the trainer broke $MAX_FAILURES times in a row without a new checkpoint (status $status):" \
+                "giving up; what it said is above"
+            break
+        fi
+        say "--- the trainer broke (status $status), failure $failures of $MAX_FAILURES in a row:" \
+            "once more in $RETRY_SECONDS s"
+        sleep "$RETRY_SECONDS"
+    done
+    exit "$status"
+}
+
+run_step() { # FOLDER: the trainer on all nodes, until it has ended; sets child_status
+    # A step that never began says nothing about the trainer. Right after a restart of the controller the nodes have
+    # not reported yet, and every step with GPUs is refused ("Invalid generic resource").
+    local limit=$((SECONDS + STEP_PATIENCE))
+    while :; do
+        start_step "$1"
+        wait_for_child
+        child=""
+        if [ "$child_status" -eq 0 ] || [ -e "$1/began" ]; then return; fi
+        if [ -z "$signalled" ] && [ $SECONDS -lt $limit ]; then
+            say "--- SLURM could not start the trainer (above): once more in 2 s"
+            sleep 2
+        fi
+        if [ -n "$signalled" ]; then child_status=143; return; fi # told to end meanwhile: nothing is lost
+        if [ $SECONDS -ge $limit ]; then return; fi
+    done
+}
+
+start_step() { # FOLDER: one task a node, in the background, so that this shell hears signals
+    local nodes=${SLURM_JOB_NUM_NODES:-1} options
+    options=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 --wait=300)
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
+    RUN_FOLDER=$1 srun "${options[@]}" bash "$ROOT/slurm/lib/run.sh" "$trainer" ${words[@]+"${words[@]}"} &
+    child=$!
+}
+
+requeue_or_explain() { # HOW the trainer ended (default: saved); the job starts again later and goes on
+    local name state again how=${1:-saved}
+    name=$(job_name)
+    again="submit it again, and it goes on from the checkpoint"
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
+        say "--- $how; job $name has restarted ${SLURM_RESTART_COUNT:-0} times (MAX_RESTARTS): $again"
+        return
+    fi
+    if [ "$(job_field BatchFlag)" = 0 ]; then
+        say "--- $how; job $name is interactive: $again"
+        return
+    fi
+    if [ -e "$(flag_value out_dir)/stop" ]; then
+        say "--- $how; the run was stopped by its file 'stop': remove that, then $again"
+        return
+    fi
+    state=$(job_field JobState)
+    if [ -n "$state" ] && [ "$state" != RUNNING ]; then
+        say "--- $how; job $name is $state and is left so"
+        return
+    fi
+    if ! command -v scontrol >/dev/null 2>&1; then
+        say "--- $how; scontrol is not on PATH, so the job cannot requeue itself: $again"
+        return
+    fi
+    for _ in 1 2 3 4 5 6; do # the controller may be away for a moment
+        if scontrol requeue "$name"; then
+            say "--- $how; job $name is requeued and will go on"
+            sleep 60 # SLURM ends this shell now; ending by itself it would look like a finished job
+            return
+        fi
+        sleep 5
+    done
+    say "--- $how; job $name could not be requeued: $again"
+}
+
+run_here() { # without SLURM: once, on this machine; the folder is closed to others
+    local folder
+    folder=$(mktemp -d "${TMPDIR:-/tmp}/nanogpt-run-XXXXXX") || die "${TMPDIR:-/tmp}: cannot be written"
+    trap 'on_signal TERM' TERM HUP
+    trap 'on_signal USR1' USR1
+    trap 'on_signal INT' INT
+    child_signal=TERM # torchrun passes it on, and one rank takes it as it is
+    (run_node "$folder" 1 0 localhost) &
+    child=$!
+    wait_for_child
+    child_status=$(outcome_of "$folder" "$child_status")
+    rm -rf "$folder"
+    exit "$child_status"
+}
+
+main() {
+    local folder head
+    if in_step && [ -d "${RUN_FOLDER:-}" ]; then : >"$RUN_FOLDER/began" || :; fi
+    parse_words "$@"
+    check_settings
+    if ! in_step; then announce_job; fi
+    activate_environment
+    if in_step; then
+        [ "${SLURM_LOCALID:-0}" = 0 ] || die "srun: start one task a node: srun --ntasks-per-node=1 bash ..."
+        folder=${RUN_FOLDER:-$PWD/logs/.attempts/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.step$SLURM_STEP_ID}
+        head=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
+        run_node "$folder" "${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}" "$SLURM_NODEID" "$head"
+    elif in_job && command -v srun >/dev/null 2>&1; then
+        supervise
+    else
+        run_here
+    fi
+}
+
+main "$@"

@@ -1,0 +1,151 @@
+"""What every test may use: the repository's root and a clean environment for commands."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def root() -> Path:
+    """The repository's root folder."""
+    return ROOT
+
+
+@pytest.fixture
+def run_python(tmp_path: Path):
+    """Runs `python ARGS...` from the root (or `cwd`) with one thread, and returns the finished process."""
+
+    def run(
+        *args: object, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess:
+        full = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": "",
+            "DATA_ROOT": str(tmp_path / "data"),
+            **(env or {}),
+        }
+        return subprocess.run(
+            [sys.executable, *map(str, args)],
+            cwd=cwd,
+            env=full,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """A process that has imported torch and forks one for each command (tests/faults/zygote.py).
+
+    `zygote.shim` says whether system calls can be made to fail (tests/faults/shim.c), which takes a C compiler.
+    """
+    from tests.faults.shim import compile_shim
+    from tests.faults.zygote import Zygote
+
+    with tempfile.TemporaryDirectory() as folder, Zygote(compile_shim(Path(folder))) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the set `tiny`. Tests that damage it make their own."""
+    from tests.faults import tiny
+
+    folder = tmp_path_factory.mktemp("data")
+    tiny.make_data(folder)
+    return folder
+
+
+@pytest.fixture
+def trainer(zygote, tiny_data: Path, tmp_path: Path):
+    """`trainer(*flags)` runs the tiny model in tmp_path/run to its end; `trainer.start(*flags)` does not wait."""
+    from tests.faults.tiny import FLAGS
+
+    def start(*flags: object, **options: object):
+        argv = [*FLAGS, f"--data_root={tiny_data}", f"--out_dir={tmp_path}/run", *map(str, flags)]
+        child = zygote.start(argv, cwd=tmp_path, **options)
+        started.append(child)
+        return child
+
+    def run(*flags: object, **options: object):
+        child = start(*flags, **options)
+        child.wait()
+        return child
+
+    started: list = []
+    run.start = start
+    yield run
+    for child in started:
+        if child.status is None:
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the SLURM cluster comes first: in `make test` one process begins with it, and mostly waits."""
+    items.sort(key=lambda item: _scope(item.nodeid) != CLUSTER)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """For `pytest -n`: a file stays in one process, so that its fixtures are made once, and so does the cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _scope(nodeid)
+
+    return ByFile(config, log)
+
+
+CLUSTER = "tests/slurm"
+
+
+def _scope(nodeid: str) -> str:
+    """The file of a test, or CLUSTER for those that share the SLURM cluster."""
+    file = nodeid.split("::")[0]
+    return CLUSTER if file.startswith(f"{CLUSTER}/") and not file.endswith("test_branches.py") else file
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """On a CI machine (CI is set) the SLURM tests must run."""
+    if os.environ.get("CI"):
+        config.pluginmanager.register(_SlurmGate(), "slurm-gate")
+
+
+class _SlurmGate:
+    """A skipped SLURM test fails the run, and the summary says so."""
+
+    def __init__(self) -> None:
+        self.skipped: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and "slurm" in report.keywords and not hasattr(report, "wasxfail"):
+            self.skipped.append(report.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped and "slurm" in report.nodeid:  # a whole file that skips itself has no markers yet
+            self.skipped.append(report.nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.skipped and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.skipped:
+            names = ", ".join(self.skipped[:3])
+            terminalreporter.write_line(
+                f"CI: {len(self.skipped)} SLURM tests were skipped, which fails: {names} ..."
+            )

@@ -1,0 +1,198 @@
+"""Every launch of every kernel, with the arguments that the callers really pass, compiled for GPUs that are not here.
+
+Triton is told that it runs on such a GPU, tensors say that they lie on one, and a launch ends after compilation. So
+what Triton makes of sizes, strides, None and tensor descriptors is what it would make of them there, and whatever it
+refuses (a dtype, a shape, more shared memory or registers than there are) it refuses here.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+# By capability: multiprocessors, and the bytes of shared memory that one program may have.
+GPUS = {80: (108, 166_912), 89: (142, 101_376), 90: (132, 232_448), 120: (188, 101_376)}
+KERNELS = {
+    80: 10,
+    89: 12,
+    90: 13,
+    120: 13,
+}  # all but those of FP8 on an A100, and but the MLP's before Hopper
+SPILLED = 1024  # bytes a thread; the least that was ever seen to matter is 6,000
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it lies on a GPU. What is computed from it says so too."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype).as_subclass(OnGpu)
+
+
+def pretend(capability: int) -> list:
+    """From now on launches compile for this GPU, and no more; the list fills with what was compiled."""
+    import triton.compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    processors, room = GPUS[capability]
+    target = GPUTarget("cuda", capability, 32)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: target,
+        )
+    )
+    run, compile_source, compiled = JITFunction.run, triton.compiler.compile, []
+
+    def launch(
+        self: JITFunction, *arguments: object, grid: object, warmup: bool, **options: object
+    ) -> object:
+        assert all(0 < size < (1 << 31 if axis == 0 else 1 << 16) for axis, size in enumerate(grid))
+        return run(self, *arguments, grid=grid, warmup=True, **options)
+
+    def compile_and_keep(source: object, **options: object) -> object:
+        compiled.append(compile_source(source, **options))
+        return compiled[-1]
+
+    JITFunction.run, triton.compiler.compile = launch, compile_and_keep
+    properties = SimpleNamespace(multi_processor_count=processors, shared_memory_per_block_optin=room)
+    torch.cuda.get_device_properties = lambda device: properties
+    torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
+    return compiled
+
+
+def check(program: object, capability: int) -> None:
+    """It fits into a multiprocessor, and hardly anything went to memory for want of registers."""
+    from triton.backends.nvidia import compiler as nvidia
+
+    name, shared = program.metadata.name, program.metadata.shared
+    assert shared <= GPUS[capability][1], (name, shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as code:
+        Path(code.name).write_bytes(program.asm["cubin"])
+        dump = Path(nvidia.get_ptxas(capability).path).with_name("cuobjdump")
+        command = [dump, "--dump-resource-usage", code.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    assert stack <= SPILLED, (name, stack)
+    assert registers * 32 * program.metadata.num_warps <= 65_536, (name, registers)
+
+
+def attention(tokens: int, heads: int, width: int, values: int, large: bool) -> None:
+    """q, k as columns of one projection, all tiles, and dynamic composition where the widths allow."""
+    from modded_nanogpt.kernels import attention as packed
+    from modded_nanogpt.kernels import dynamic_composition as composed
+
+    q, k = torch.zeros(tokens, 3, heads, width, dtype=torch.bfloat16).as_subclass(OnGpu).unbind(1)[:2]
+    v, grad = on_gpu(tokens, heads, values), on_gpu(tokens, heads, values)
+    start, end = (on_gpu(tokens, dtype=torch.int32) for _ in range(2))
+    for plan in (packed.LARGE_SHORT, packed.LARGE_LONG) if large else (packed.SMALL,):
+        out, lse = packed.forward(q, k, v, start, 128, plan.forward)
+        packed.backward(grad, q, k, v, out, lse, start, end, 128, plan)
+    if width == values == 128:
+        capability = torch.device("cuda", 0)
+        options, composed.query_options = composed.query_options(capability), lambda device: options
+        weights = on_gpu(tokens, heads, dtype=torch.float32)
+        kept = (weights, weights, start, *composed._kept(q))
+        composed.forward(v, q, k, v, *kept)
+        composed.backward(grad, q, k, v, *kept)
+
+
+def head(fp8: bool) -> None:
+    """Loss and gradients with three targets and with one, with and without prefixes; validation and its mask."""
+    from modded_nanogpt.kernels import cross_entropy as kernels
+
+    x, weight = on_gpu(64, 768), on_gpu(50_304, 768)
+    targets, one = on_gpu(64, dtype=torch.int64), on_gpu(1, dtype=torch.float32)
+    for prefix, mtp in ((targets, on_gpu(3, dtype=torch.float32)), (None, one)):
+        kernels._head_loss._init_fn(x, weight, targets, prefix, mtp, one, 23.0, 5.0, 7.5, 0.125, fp8, 65_536)
+    kernels._eval_losses._init_fn(x, weight, targets, 23.0, 5.0, 7.5, None, None, 48)
+    allowed = on_gpu(50_304, 6288, dtype=torch.uint8)
+    kernels._eval_losses._init_fn(x, weight, targets, 23.0, 5.0, 7.5, allowed, targets.int(), 64)
+
+
+def mlp(fp8: bool) -> None:
+    """Forward and backward; with FP8 in both passes too."""
+    from modded_nanogpt.kernels import mlp as kernels
+
+    u, bank = on_gpu(1024, 768), on_gpu(1, 2, 3072, 768)
+    low, layer = None, [None] * 7
+    if fp8:
+        state = kernels.Fp8Mlp(bank, backward=True)
+        state.refresh(exact=True)
+        low, (*layer, _, by_column, by_row) = u.to(kernels.E4M3), state.layers[0]
+        layer += [by_column, by_row]
+    _, post, _ = kernels._mlp._init_fn(u, *bank[0], low, *layer)
+    kernels._pre_grad._init_fn(u, post, bank[0, 1])
+    if fp8:
+        kernels._input_grads._init_fn(u, post, layer[6], layer[3], layer[5], layer[1])
+
+
+def others() -> None:
+    """Gradients of tables, and Muon's products of all banks."""
+    from modded_nanogpt.kernels import embedding
+    from modded_nanogpt.kernels import symmetric_matmul as symmetric
+
+    runs = embedding.Runs(*(on_gpu(size, dtype=torch.int32) for size in (100, 101, 1024)))
+    embedding.add_rows_(on_gpu(5000, 768), on_gpu(1024, 768), runs)
+    for shape in ((60, 256, 768), (20, 768, 768), (22, 3072, 768)):
+        tall = shape[1] > shape[2]
+        symmetric.polynomial(symmetric.gram(on_gpu(*shape), tall), 1.0, 2.0, 3.0)
+
+
+def main(capability: int) -> None:
+    from modded_nanogpt.kernels import cross_entropy
+    from modded_nanogpt.kernels import mlp as mlp_kernels
+
+    compiled = pretend(capability)
+    torch.cuda.device = contextlib.nullcontext
+
+    def product(a: torch.Tensor, b: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return on_gpu(a.shape[0], b.shape[1])
+
+    cross_entropy.scaled_mm = mlp_kernels.scaled_mm = product
+    large = capability == 90
+    attention(1024, 6, 128, 128, large)
+    if capability in (80, 90):
+        attention(198, 1, 96, 128, large)  # not even, and dimensions that fill no tile
+    head(False)
+    others()
+    if capability >= 89:
+        head(True)
+    if capability >= 90:
+        mlp(False)
+        mlp(True)
+    names = {program.metadata.name for program in compiled}
+    assert len(names) == KERNELS[capability], names
+    for program in compiled:
+        check(program, capability)
+    print("compiled")
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_all_launches(capability, tmp_path):
+    pytest.importorskip("triton", reason="a torch without Triton has no kernels")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, __file__, str(capability)], env=env, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0 and done.stdout.endswith("compiled\n"), done.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,98 @@
+"""The optimizer on 1, 2 and 4 real ranks (gloo): equal weights, and resumes from any number of ranks to any other."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modded_nanogpt.optim.sharded import Optimizer
+from nanogpt.common.errors import UserError
+from nanogpt.common.ranks import Ranks
+from tests.modded.optim import small
+from tests.modded.optim.rank_runs import RUNS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The folder with the results of all runs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.modded.optim.rank_runs", str(folder)],
+        cwd=root, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def assert_equal(folder: Path, one: str, other: str) -> None:
+    """The same names and the same bits, weights and state."""
+    first, second = load_file(folder / f"{one}.safetensors"), load_file(folder / f"{other}.safetensors")
+    assert first.keys() == second.keys()
+    assert len(first) > len(small.SHAPES) * 3
+    assert not [name for name, value in first.items() if not torch.equal(value, second[name])]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("kind", ["half", "full"])
+def test_the_number_of_ranks_changes_no_bit_when_the_sums_are_exact(runs, kind, world):
+    assert_equal(runs, f"{kind}1", f"{kind}{world}")
+
+
+@pytest.mark.parametrize("name", ["sparse2", "sparse4", "untold2"])
+def test_sending_touched_rows_alone_changes_no_bit(runs, name):
+    assert_equal(runs, "half1", name)
+
+
+def test_these_runs_train(runs):
+    last = load_file(runs / "half4.safetensors")
+    for name, start in small.parameters(torch.bfloat16).items():
+        assert not torch.equal(last[name], start.detach()), name
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_rounded_sums_change_little(runs, world):
+    one, other = load_file(runs / "rough1.safetensors"), load_file(runs / f"rough{world}.safetensors")
+    start = small.parameters(torch.float32)
+    different = 0
+    for name in small.SHAPES:
+        error, moved = (one[name] - other[name]).abs().max(), (one[name] - start[name].detach()).abs().max()
+        assert error <= 3e-4 * moved, name
+        different += bool(error)
+    assert different
+
+
+@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run[0] > 1])
+def test_all_ranks_have_the_same_weights(runs, name):
+    first = load_file(runs / f"{name}.rank0.safetensors")
+    for rank in range(1, RUNS[name][0]):
+        other = load_file(runs / f"{name}.rank{rank}.safetensors")
+        assert all(torch.equal(first[key], other[key]) for key in small.SHAPES)
+
+
+@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run[4]])
+def test_a_resumed_run_ends_as_the_undisturbed_one(runs, name):
+    """Saved after an Adam step or (`between`) while gradients wait, while the embedding is tied (`early`) or later."""
+    assert_equal(runs, f"half{RUNS[name][0]}", name)
+
+
+def test_state_that_does_not_fit_is_refused(runs):
+    saved = load_file(runs / "cut2.safetensors")
+    state = {key.removeprefix("state:"): value for key, value in saved.items() if key.startswith("state:")}
+
+    def load(changes: dict) -> None:
+        optimizer = Optimizer(small.parameters(torch.bfloat16), small.config_of(), Ranks(0, 0, 1, CPU), CPU)
+        optimizer.load({k: v for k, v in {**state, **changes}.items() if v is not None}, "step_6")
+
+    load({})
+    with pytest.raises(UserError, match=r"step_6: optimizer state does not fit this model \(bigram/second\)"):
+        load({"bigram/second": None})
+    with pytest.raises(UserError, match=r"does not fit this model \(mystery/first\)"):
+        load({"mystery/first": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"step_6: head/first has shape \(2, 2\), not \(24, 16\)"):
+        load({"head/first": torch.zeros(2, 2)})

@@ -1,0 +1,175 @@
+"""Compiling ahead: which graphs, what a process that only compiles leaves, what happens when it fails.
+
+On a GPU `test_train_gpt.py` runs the whole of it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from modded_nanogpt import lanes, precompile, schedule, setup
+from modded_nanogpt.batches import BOUNDARIES, blank_batch, boundaries
+from modded_nanogpt.compile_cache import CompileCache
+from modded_nanogpt.config import PRESETS, Config, resolve
+from modded_nanogpt.precompile import Ahead, Graph, graphs
+from modded_nanogpt.tables import look_up
+from nanogpt.common import compiler
+from nanogpt.common.flags import parse_values
+from nanogpt.common.ranks import Ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+GRAPH = Graph(0, 256, 32, 128)
+
+
+def configured(preset: str, *flags: str) -> Config:
+    return Config(**parse_values(Config, [preset, *flags], prog="t", description="", presets=PRESETS))
+
+
+class Batches:
+    """The part of TrainBatches and of ValBatches that says how large they are."""
+
+    def __init__(self, config: Config) -> None:
+        self.layout, self.slice, self.boundaries = resolve(config, 1), config.eval_slice, boundaries
+
+
+def test_the_graphs_of_track_1_in_the_order_of_the_warm_up():
+    config = configured("track1")
+    batches, val_batches = Batches(config), Batches(config)
+    batches.boundaries, val_batches.boundaries = BOUNDARIES.__getitem__, 896
+    found = graphs(config, batches, val_batches)
+    assert [(graph.tokens, graph.boundaries, graph.max_document) for graph in found] == [
+        (16_384, 64, 896), (32_768, 96, 2048), (49_152, 128, 2048), (262_144, 896, 262_144)
+    ]  # fmt: skip
+    steps = [graph.step for graph in found]
+    assert steps[0] == 0 and steps == [*sorted(steps[:3]), -1]
+    assert [schedule.at(config, step).batch_tokens // 8 for step in steps[:3]] == [16_384, 32_768, 49_152]
+
+
+def test_a_blank_lane_has_the_shapes_of_a_real_one():
+    config = configured("small", "--vocab_size=512", "--prefix=false")
+    batch = blank_batch(config, 256, 32, 128, CPU)
+    state = setup.build(config, Ranks(0, 0, 1, CPU))
+    state.model.init_weights(1)
+    step = schedule.at(config, 0)
+    rows = look_up(state.model, batch, step.tied, train=True)
+    loss = lanes.lane_loss(*lanes.train_arguments(state, Ranks(0, 0, 1, CPU), batch, rows, step))
+    assert loss.isfinite() and (len(batch.inputs), len(batch.cu_seqlens), batch.max_document) == (
+        256,
+        32,
+        128,
+    )
+
+
+@pytest.mark.skipif(
+    not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU; no g++ here"
+)
+def test_what_only_compiles_leaves_both_passes_to_the_next_process(tmp_path):
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from modded_nanogpt import precompile
+from torch._functorch import config
+config.force_non_lazy_backward_lowering = True
+def loss(x):
+    return (torch.sin(x) * x).sum()
+backend = precompile._compile_only if sys.argv[1] == "only" else "inductor"
+x = torch.ones(64, requires_grad=True)
+try:
+    torch.compile(loss, backend=backend)(x).backward()
+except precompile._Compiled:
+    print("stopped")
+counts = torch._dynamo.utils.counters["inductor"]
+print(counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"], x.grad is not None)
+"""
+    folders = {variable: str(tmp_path / name) for name, variable in compiler.FOLDERS.items()}
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program, how], env={**os.environ, **folders, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=True, timeout=200,
+        ).stdout.split()
+        for how in ("only", "whole")
+    ]  # fmt: skip
+    assert said == [["stopped", "0", "2", "False"], ["2", "0", "True"]]
+
+
+def test_a_process_that_fails_costs_a_note_and_no_more(tmp_path):
+    said = []
+    ahead = Ahead(said.append)
+    ahead.start([GRAPH], tmp_path / "no-such-run", Ranks(0, 0, 1, CPU))
+    ahead.wait(GRAPH)
+    ahead.wait(GRAPH)
+    (note,) = said
+    assert note.startswith("note: compiling ahead failed (") and note.endswith("; compiled here instead")
+    assert ahead.running == {}
+
+
+def reads_its_configuration(process: int) -> bool:
+    """Whether it waits for somebody to write into the pipe: asleep in `open`, with torch loaded."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        return state == "S" and "libtorch" in Path(f"/proc/{process}/maps").read_text()
+    except OSError:
+        return False
+
+
+def test_nobody_stays_behind_when_the_trainer_is_killed(tmp_path):
+    """The child is held where it reads its configuration: a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "config.json")
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from pathlib import Path
+from modded_nanogpt.precompile import Ahead, Graph
+from nanogpt.common.ranks import Ranks
+ahead = Ahead(print)
+ahead.start([Graph(**{asdict(GRAPH)!r})], Path({str(tmp_path)!r}), Ranks(0, 0, 1, torch.device("cpu")))
+print(*(process.pid for process, _ in ahead.running.values()), flush=True)
+time.sleep(100)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    child = int(trainer.stdout.readline())
+    end = time.monotonic() + 60
+    while not reads_its_configuration(child):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    trainer.kill()
+    trainer.wait()
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_what_was_compiled_is_known_to_the_same_code_alone(tmp_path, monkeypatch):
+    for name, variable in compiler.FOLDERS.items():
+        monkeypatch.setenv(variable, str(tmp_path / name))
+    said = []
+    cache = CompileCache(tmp_path / "archives", "e" * 12, "5" * 64, said.append)
+    config = configured("track1")
+    key = setup.graphs_key(config, [GRAPH])
+    assert not cache.holds(key)
+    cache.keep(key)
+    assert cache.holds(key)
+    assert cache.holds(setup.graphs_key(configured("track1", "--seed=5", "--save_minutes=3"), [GRAPH]))
+    assert not cache.holds(setup.graphs_key(configured("track1", "--dc=false"), [GRAPH]))
+    assert not cache.holds(setup.graphs_key(config, [Graph(0, 512, 32, 128)]))
+    assert not CompileCache(tmp_path / "archives", "e" * 12, "6" * 64, said.append).holds(key)
+    monkeypatch.setenv(compiler.FOLDERS["inductor"], str(tmp_path / "another-node"))
+    there = CompileCache(tmp_path / "archives", "e" * 12, "5" * 64, said.append)
+    assert not there.holds(key)
+    there.restore()
+    assert there.holds(key)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_on_a_cpu_nobody_compiles_ahead(world_size):
+    assert not precompile.worth_it(configured("small"), Ranks(0, 0, world_size, CPU), 1)

@@ -1,0 +1,181 @@
+"""The schedule against the published figures of record 89, of the medium track's record, and of a scaled-down run."""
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import pytest
+
+from modded_nanogpt import schedule
+from modded_nanogpt.config import PRESETS, Config
+from modded_nanogpt.schedule import at, final_window, stages, total_steps, untying_step, yarn_windows
+from nanogpt.common.flags import parse
+
+RECORD = Config()
+SCALED = Config(steps=105, extension_steps=6)
+MEDIUM = parse(Config, ["medium"], prog="", description="", presets=PRESETS)
+
+
+def bounds(config: Config) -> list[tuple[int, int]]:
+    return [(stage.start, stage.end) for stage in stages(config)]
+
+
+def test_the_records_stages():
+    assert bounds(RECORD) == [(0, 423), (423, 847), (847, 1270), (1270, 1285)]
+    assert total_steps(RECORD) == 1285
+    assert [stage.batch_tokens for stage in stages(RECORD)] == [131_072, 262_144, 393_216, 393_216]
+    assert [stage.max_document for stage in stages(RECORD)] == [896, 2048, 2048, 2048]
+    assert sum((s.end - s.start) * s.batch_tokens for s in stages(RECORD)) == 338_821_120
+
+
+def test_the_records_windows():
+    found = [(stage.short_window, stage.long_window) for stage in stages(RECORD)]
+    assert found == [(128, 384), (384, 896), (640, 1408), (768, 1664)]
+    assert final_window(RECORD) == (768, 2560)
+    plan = at(RECORD, 1285)  # the final validation: everything but its windows is the extension's
+    assert (plan.short_window, plan.long_window, plan.stage) == (768, 1664, 3)
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [
+        (0, 1.0), (422, 1.0), (423, 1.52), (508, 1.52), (600, 1.355), (846, 0.912), (847, 1.027), (1000, 0.710),
+        (1150, 0.399), (1269, 0.152), (1270, 0.15), (1284, 0.15),
+    ],
+)  # fmt: skip
+def test_the_records_learning_rates(step, factor):
+    assert at(RECORD, step).lr == pytest.approx(factor, abs=6e-4)
+
+
+def test_learning_rate_by_its_formula():
+    for step in range(1285):
+        factor = 1.0 if step < 423 else 1.52 if step < 847 else 1.73
+        down = min(1.0, max(0.0, (step - 508) / 762))
+        assert at(RECORD, step).lr == pytest.approx((1 - down) * factor + 0.15 * down, abs=1e-12)
+
+
+def test_momentum():
+    assert [at(RECORD, step).momentum for step in (0, 150, 300, 1235)] == pytest.approx(
+        [0.85, 0.9, 0.95, 0.95]
+    )
+    assert at(RECORD, 1260).momentum == pytest.approx(0.90)
+    assert at(RECORD, 1284).momentum == pytest.approx(0.852)
+    # A run shorter than the warm-up goes on warming up.
+    assert [at(SCALED, step).momentum for step in (60, 110)] == pytest.approx([0.87, 0.85 + 0.1 * 110 / 300])
+    assert {at(Config(momentum_schedule=False), step).momentum for step in range(0, 1285, 7)} == {0.95}
+
+
+def test_loss_weights():
+    first, middle = at(RECORD, 0), at(RECORD, 423 + 212)
+    assert (first.mtp, first.prefix) == ((1.0, 0.5, 0.25), 0.25)
+    assert at(RECORD, 211).mtp[2] == pytest.approx(0.25 * (1 - 211 / 423))
+    assert (at(RECORD, 422).mtp[1], at(RECORD, 422).prefix) == (0.5, 0.25)
+    assert middle.mtp == pytest.approx((1.0, 0.25, 0.0)) and middle.prefix == pytest.approx(0.125)
+    for step in (847, 1269, 1284):
+        assert (at(RECORD, step).mtp, at(RECORD, step).prefix) == ((1.0, 0.0, 0.0), 0.0)
+
+
+def test_adam_and_the_embedding():
+    assert [step for step in range(6) if at(RECORD, step).adam] == [1, 3, 5]
+    assert untying_step(RECORD) == 847
+    assert [step for step in range(1285) if at(RECORD, step).untie] == [847]
+    assert at(RECORD, 847).tied and not at(RECORD, 848).tied
+    assert all(at(Config(adam_every=1), step).adam for step in range(5))
+    assert not any(at(Config(embedding="tied"), step).untie for step in range(1285))
+    assert at(Config(embedding="tied"), 1284).tied
+    assert not at(Config(embedding="untied"), 0).tied and untying_step(Config(embedding="untied")) is None
+    for every in (1, 2, 3, 4):
+        config = Config(adam_every=every)
+        step = untying_step(config)
+        assert at(config, step).adam and 847 <= step < 847 + every
+
+
+def test_exact_fp8_scales_for_sixteen_steps_of_any_run():
+    for config in (RECORD, SCALED):
+        assert [at(config, step).exact_fp8 for step in (0, 15, 16, 100)] == [True, True, False, False]
+
+
+def test_the_scaled_run_that_was_measured():
+    """105 + 6 steps: stages of 35, cooldown over the last 60 %, untied at step 71."""
+    assert bounds(SCALED) == [(0, 35), (35, 70), (70, 105), (105, 111)]
+    assert untying_step(SCALED) == 71
+    assert at(SCALED, 42).lr == 1.52 and at(SCALED, 43).lr < 1.52
+    assert at(SCALED, 105).lr == 0.15
+    assert at(SCALED, 104).lr == pytest.approx(1.73 / 63 + 0.15 * 62 / 63)
+
+
+def test_yarn_follows_the_long_window():
+    assert yarn_windows(RECORD, 0) == (384,)
+    assert yarn_windows(RECORD, 846) == (384, 896)
+    assert yarn_windows(RECORD, 1285) == (384, 896, 1408, 1664)
+    assert at(RECORD, 1284).yarn_window == 1664
+    # The softmax scale that these windows give in the record: 0.1, 0.11695, 0.12752, 0.13178.
+    scale, seen = 0.1, []
+    windows = yarn_windows(RECORD, 1285)
+    for old, new in pairwise(windows):
+        scale *= 1 + 0.2 * math.log(new / old)
+        seen.append(scale)
+    assert seen == pytest.approx([0.11695, 0.12752, 0.13178], abs=1e-5)
+    assert yarn_windows(Config(yarn=False), 1285) == (384,)
+    assert yarn_windows(Config(window_schedule=False), 1285) == (1408,)
+
+
+def test_the_medium_track():
+    found = stages(MEDIUM)
+    assert total_steps(MEDIUM) == 4740 and len(found) == 13
+    assert [stage.batch_tokens for stage in found[:4]] == [131_072, 262_144, 393_216, 524_288]
+    assert {stage.batch_tokens for stage in found[3:]} == {524_288}
+    assert [stage.lr_factor for stage in found[:5]] == [1.0, 1.52, 1.73, 2.0, 2.0]
+    assert [stage.long_window // 128 for stage in found] == [3, 7, 11, 13, 15, 17, 19, 21, *[23] * 5]
+    assert [stage.short_window // 128 for stage in found] == [1, 3, 5, 6, 7, 8, 9, 10, *[11] * 5]
+    assert {stage.max_document for stage in found} == {4096}
+    assert final_window(MEDIUM) == (11 * 128, 27 * 128)
+    assert yarn_windows(MEDIUM, 4740) == tuple(128 * blocks for blocks in (3, 7, 11, 13))
+    assert untying_step(MEDIUM) == 785
+    weights = [sum(weight > 0 for weight in at(MEDIUM, step).mtp) for step in (0, 391, 392, 783, 784)]
+    assert weights == [3, 3, 2, 2, 1]
+    assert at(MEDIUM, 1410).lr == 2.0 and at(MEDIUM, 1411).lr < 2.0 and at(MEDIUM, 4700).lr == 0.1
+    total = sum((stage.end - stage.start) * stage.batch_tokens for stage in found)
+    assert total == pytest.approx(2.177e9, rel=1e-3)
+    small = stages(dataclasses.replace(MEDIUM, track="small_medium", steps=4700, extension_steps=40))
+    for one, other in zip(
+        found, small, strict=True
+    ):  # the same, in a 128th of the tokens and a 16th of the reach
+        assert (one.start, one.end, one.lr_factor, one.mtp) == (
+            other.start,
+            other.end,
+            other.lr_factor,
+            other.mtp,
+        )
+        assert one.batch_tokens == 128 * other.batch_tokens and one.long_window == 16 * other.long_window
+
+
+def test_techniques_switched_off():
+    def per_stage(field: str, **off: bool) -> list:
+        return [getattr(stage, field) for stage in stages(Config(**off))]
+
+    assert per_stage("batch_tokens", batch_schedule=False) == [262_144] * 4
+    assert per_stage("lr_factor", batch_schedule=False) == [1.52] * 4
+    assert per_stage("long_window", window_schedule=False) == [1408] * 4
+    assert per_stage("max_document", short_documents=False) == [2048] * 4
+    assert {at(Config(mtp=False), step).mtp for step in range(0, 1285, 40)} == {(1.0, 0.0, 0.0)}
+    assert {at(Config(prefix=False), step).prefix for step in range(0, 1285, 40)} == {0.0}
+    flat = Config(cooldown=0.0)
+    assert [at(flat, step).lr for step in (0, 600, 1284)] == [1.0, 1.52, 1.73]
+    assert at(Config(cooldown=1.0), 0).lr == 1.0 and at(Config(cooldown=1.0), 1).lr < 1.0
+
+
+@pytest.mark.parametrize("track", list(schedule.STAGES))
+def test_stages_leave_no_gap_at_any_length(track):
+    base = dataclasses.replace(MEDIUM if track.endswith("medium") else RECORD, track=track)
+    for steps in (12, 13, 47, 107, 1271):
+        for extension in (0, 1, 9):
+            config = dataclasses.replace(base, steps=steps, extension_steps=extension)
+            found = stages(config)
+            assert [stage.start for stage in found] == [0, *(stage.end for stage in found[:-1])]
+            assert found[-1].end == total_steps(config) == steps + extension
+            assert all(stage.start < stage.end for stage in found)
+            for step in range(0, steps + extension, 5):
+                plan = at(config, step)
+                assert found[plan.stage].start <= step < found[plan.stage].end
+                assert plan.lr > 0 and 0.85 <= plan.momentum <= 0.95

@@ -1,0 +1,257 @@
+"""The speedrun's trainer as a user runs it, with the small preset on the CPU: trained, killed, resumed, replayed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modded_nanogpt import train_gpt
+from nanogpt.common.machine import has_nvidia_driver
+from nanogpt.common.manifest import write_manifest
+from nanogpt.common.shards import write_shard
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB, EOT, STEPS = 512, 511, 7
+HAS_GPU = has_nvidia_driver()
+FLAGS = (
+    "small", "--dataset=tiny", f"--vocab_size={VOCAB}", "--prefix=false", "--steps=6", "--extension_steps=1",
+    "--eval_interval=3", "--eval_tokens=2048", "--eval_slice=1024", "--warmup=false", "--num_threads=1",
+    "--device=cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root whose set `tiny` has documents of 1 to 300 tokens, each counting upwards: something to learn."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "tiny").mkdir()
+    rng = np.random.default_rng(5)
+
+    def text(tokens: int) -> np.ndarray:
+        pieces: list[np.ndarray] = []
+        while sum(map(len, pieces)) < tokens:
+            length, first = rng.integers(1, 300), rng.integers(0, 500)
+            pieces += [np.array([EOT]), (first + np.arange(length)) % 500]
+        return np.concatenate(pieces)[:tokens].astype(np.uint16)
+
+    entries = []
+    for split, number, tokens in (("train", 1, 40_000), ("train", 2, 40_000), ("val", 0, 3000)):
+        entry = write_shard(root / "tiny" / f"tiny_{split}_{number:06}.bin", text(tokens))
+        entries.append({**entry, "split": split})
+    write_manifest(root / "tiny", "tiny", "gpt2", VOCAB, EOT, entries)
+    return root
+
+
+def environment(data: Path) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    return {**kept, "DATA_ROOT": str(data), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(data: Path, out: Path, *flags: str, ranks: int = 1) -> subprocess.Popen:
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    )
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "modded_nanogpt.train_gpt",
+        *FLAGS,
+        f"--out_dir={out}",
+        *flags,
+    ]
+    return subprocess.Popen(
+        command, env=environment(data), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(
+    data: Path, out: Path, *flags: str, ranks: int = 1, status: int = 0, timeout: float = 240
+) -> tuple[str, str]:
+    process = start(data, out, *flags, ranks=ranks)
+    said, errors = process.communicate(timeout=timeout)
+    assert process.returncode == status, (said, errors)
+    return said, errors
+
+
+def records(out: Path, event: str) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in records(out, "train")}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happens to."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run(data, out)
+    return out
+
+
+def test_it_learns_and_leaves_evidence(undisturbed):
+    found = losses(undisturbed)
+    assert list(found) == list(range(STEPS))
+    validations = [line["val_loss"] for line in records(undisturbed, "val")]
+    assert validations[0] == pytest.approx(np.log(VOCAB), abs=0.01)
+    assert validations[-1] < validations[0] - 1
+    (end,) = records(undisturbed, "end")
+    assert end["status"] == "finished" and end["val_tokens"] == 2048 and end["world_size"] == 1
+    assert end["eligible"] is False and "track small has no record" in end["ineligible"]
+    assert end["train_ms"] == pytest.approx(
+        sum(line["ms"] for line in records(undisturbed, "train")), rel=0.3
+    )
+    log = (undisturbed / "log.txt").read_text()
+    assert "modded_nanogpt/model.py" in log and "not eligible for a record" in log
+    assert (undisturbed / "source" / "modded_nanogpt" / "kernels" / "mlp.py").exists()
+
+
+def test_killed_and_told_to_stop_it_resumes_exactly(data, undisturbed, tmp_path):
+    """SIGKILL after the checkpoint of an even step, SIGTERM later on: every loss equals the undisturbed run's."""
+    out = tmp_path / "run"
+    process = start(data, out, "--save_interval=2")
+    wait_for(lambda: (out / "checkpoints" / "step_00000002").exists() or process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    process = start(data, out, "--save_interval=2", "--auto_resume=true")
+    wait_for(lambda: len(records(out, "resume")) == 1 or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, (said, errors)
+    assert "checkpoint saved; go on with" in said
+    run(data, out, "--auto_resume=true")
+    assert losses(out) == losses(undisturbed)
+    assert [line["val_loss"] for line in records(out, "val")][-1] == records(undisturbed, "val")[-1][
+        "val_loss"
+    ]
+    (end,) = [line for line in records(out, "end") if line["status"] == "finished"]
+    assert any("resumed" in reason for reason in end["ineligible"])
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_two_ranks_train_the_same_lanes(data, undisturbed, tmp_path):
+    run(data, tmp_path / "two", ranks=2)
+    alone, together = losses(undisturbed), losses(tmp_path / "two")
+    assert list(together) == list(alone)
+    assert (
+        max(abs(together[step] - alone[step]) for step in alone) < 1e-4
+    )  # sums are rounded in another order
+    difference = (
+        records(tmp_path / "two", "val")[-1]["val_loss"] - records(undisturbed, "val")[-1]["val_loss"]
+    )
+    assert abs(difference) < 1e-4
+
+
+def test_a_run_is_replayed_from_its_log_alone(data, undisturbed, tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_bytes((undisturbed / "log.txt").read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "tools", "repro", str(log), f"--out_dir={tmp_path / 'again'}"],
+        env=environment(data), cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "again") == losses(undisturbed)
+
+
+def test_a_warm_up_changes_nothing(data, undisturbed, tmp_path):
+    said, _ = run(data, tmp_path / "warm", "--warmup=true")
+    assert "warm-up done" in said
+    assert losses(tmp_path / "warm") == losses(undisturbed)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_learns_as_on_a_cpu_and_stops_when_asked(data, undisturbed, tmp_path):
+    """In bfloat16 and FP8, compiled and warmed up before the clock; other random weights than a CPU draws."""
+    if not HAS_GPU:
+        pytest.skip("no NVIDIA driver on this machine")
+    flags = ("--device=cuda", "--warmup=true", f"--compile_cache={tmp_path}/caches")
+    said, _ = run(data, tmp_path / "gpu", *flags, timeout=900)
+    assert "warm-up done" in said and "compiled: true" in said
+    here, there = (
+        [line["val_loss"] for line in records(out, "val")] for out in (tmp_path / "gpu", undisturbed)
+    )
+    assert here[0] == pytest.approx(np.log(VOCAB), abs=0.02)
+    assert here[-1] == pytest.approx(there[-1], abs=0.5)
+    out = tmp_path / "stopped"
+    process = start(data, out, *flags, "--save_interval=2", "--steps=2000", "--repeat_data=true")
+    wait_for(lambda: any((out / "checkpoints").glob("step_*")) or process.poll() is not None, 600)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, (said, errors)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
+    _, errors = run(data, tmp_path / "nan", "--muon_lr=1e3", "--adam_lr=1e3", status=70)
+    assert errors.count("error: ") == 1 and "lower --muon_lr" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--dataset=nothing"], "nothing"),
+        (["--steps=100"], "tiny_train_000001.bin"),
+        (["--eval_tokens=4096"], "--eval_tokens=4096"),
+        (["--lanes=12"], "--lanes=12"),
+        (["--fp8=on"], "--fp8=on"),
+        (["--attention=fa3"], "--attention=fa3"),
+        pytest.param(["--device=cuda"], "--device=cuda", marks=pytest.mark.skipif(HAS_GPU, reason="has a GPU")),
+        (["--xsaa=false"], "did you mean '--xsa'"),
+        (["--half_rope=false"], "--key_offset=false"),
+        (["--track=medium"], "--track=medium"),
+        (["--overwrite=true", "--auto_resume=true"], "keep one"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(data, tmp_path, flags, said):
+    _, errors = run(data, tmp_path / "bad", *flags, status=2)
+    assert errors.count("\n") == 1 and errors.startswith("error: ") and said in errors, errors
+    assert not (tmp_path / "bad" / "config.json").exists()
+
+
+@pytest.mark.parametrize("world", ["3", "16", "zero"])
+def test_a_world_of_another_size_is_refused(data, tmp_path, world):
+    done = subprocess.run(
+        [sys.executable, "-m", "modded_nanogpt.train_gpt", *FLAGS, f"--out_dir={tmp_path / 'x'}"],
+        env={**environment(data), "WORLD_SIZE": world}, cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and f"WORLD_SIZE={world}" in done.stderr.replace("'", "")
+
+
+def test_without_a_gpu_the_real_tracks_say_what_to_do(data, tmp_path):
+    if HAS_GPU:
+        pytest.skip("this machine has an NVIDIA GPU")
+    for script in ("train_gpt.py", "train_gpt_medium.py"):
+        done = subprocess.run(
+            [sys.executable, script, f"--out_dir={tmp_path / 'x'}"],
+            env=environment(data), cwd=ROOT / "modded_nanogpt", capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 2 and "has no NVIDIA GPU" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", train_gpt.ALLOCATOR_VARIABLES)
+def test_what_the_environment_says_of_gpu_memory_stays(monkeypatch, name):
+    for variable in train_gpt.ALLOCATOR_VARIABLES:
+        monkeypatch.setenv(variable, "")  # so that both are as before afterwards
+        monkeypatch.delenv(variable)
+    with monkeypatch.context() as given:
+        given.setenv(name, "expandable_segments:False")
+        train_gpt.choose_allocator()
+        assert [os.environ.get(key) for key in train_gpt.ALLOCATOR_VARIABLES if key in os.environ] == [
+            "expandable_segments:False"
+        ]
+    train_gpt.choose_allocator()
+    wanted = None if Path("/dev/dxg").exists() else "expandable_segments:True"
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == wanted

@@ -1,0 +1,444 @@
+"""`engaging launch` on a real SLURM: what the job gets, refusals before queueing, arrays, answers that get lost.
+
+The checkout here is a small one whose run.sh notes what it was given; the trainers run in test_launch_trains.py.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tools.practice import cluster as practice
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDER = """#!/bin/bash
+[ "$1" = --args-file ] || exit 9
+mapfile -d '' -t words < "$2"
+for word in "${words[@]}"; do
+    case $word in --out_dir=*) out=${word#--out_dir=} ;; esac
+done
+mkdir -p "$out"
+cp "$2" "$out/words"
+env -0 >"$out/environment"
+cat "$(dirname "$0")/marker" >"$out/marker"
+echo "log of $out"
+"""
+SECRETS = {
+    "WANDB_API_KEY": "wandb-canary-1234567",
+    "HF_TOKEN": "hf_canary_7654321",
+    "AWS_SECRET_ACCESS_KEY": "aws-canary-777",
+}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout of its own, in a folder with a space and a quote, whose run.sh is the recorder."""
+    root = tmp_path / "my check'out"
+    for name in ("nanogpt/common", "nanogpt/config"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "nanogpt" / "train.py").write_text("")
+    (root / "nanogpt" / "__init__.py").write_text("")
+    (root / "slurm" / "lib").mkdir(parents=True)
+    shutil.copytree(ROOT / "slurm" / "sites", root / "slurm" / "sites")
+    (root / "slurm" / "lib" / "run.sh").write_text(RECORDER)
+    (root / "slurm" / "lib" / "marker").write_text("old code\n")
+    (root / "pyproject.toml").write_text("")
+    (root / ".gitignore").write_text("/out/\n/logs/\n")
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    return root
+
+
+@pytest.fixture
+def engaging(cluster, checkout, tmp_path):
+    """Runs `engaging ARGS` in the small checkout against the cluster."""
+
+    def run(
+        *args: object, check: bool = True, env: dict[str, str] | None = None, cwd: Path = checkout, **more
+    ):
+        full = {
+            "PYTHONPATH": str(ROOT),
+            "ENV_PATH": sys.prefix,
+            "DATA_ROOT": str(tmp_path / "data"),
+            **(env or {}),
+        }
+        return cluster.run(sys.executable, "-m", "tools", *args, check=check, env=full, cwd=cwd, **more)
+
+    return run
+
+
+def job_of(checkout: Path, name: str) -> str:
+    return json.loads((checkout / "out" / ".launch" / name / "001" / "job.json").read_text())["job_id"]
+
+
+def words_of(checkout: Path, run: str) -> list[str]:
+    return (checkout / "out" / run / "words").read_bytes().decode().split("\0")[:-1]
+
+
+def test_a_run_from_launch_to_status_logs_and_cancel(cluster, engaging, checkout):
+    record = "import pathlib, sys; pathlib.Path('checked').write_text('\\n'.join(sys.argv[1:]))\n"
+    (checkout / "nanogpt" / "train.py").write_text(record)
+    override = "--note=$(touch canary); \"x\" 'y' `touch canary` ; #\\"
+    said = engaging(
+        "launch", "gpt2", "--gpus", 1, "--name", "first", "--", "--learning_rate=3e-4", override
+    ).stdout
+    job = job_of(checkout, "first")
+    assert f"job {job}" in said and "logs/first-" in said
+    assert cluster.wait_for(job) == "COMPLETED"
+    out = f"--out_dir={checkout}/out/first"
+    assert words_of(checkout, "first") == [
+        "nanogpt.train", "train_gpt2", "--learning_rate=3e-4", override, out, "--auto_resume=true",
+    ]  # fmt: skip
+    assert not list(checkout.rglob("canary"))
+    checked = (checkout / "checked").read_text().splitlines()  # before it queued, the run itself and no other
+    assert checked == [
+        "train_gpt2",
+        "--learning_rate=3e-4",
+        override,
+        out,
+        "--auto_resume=true",
+        "--check=true",
+    ]
+    elsewhere = engaging("status", "first", cwd=checkout / "nanogpt").stdout
+    assert f"job {job}: COMPLETED" in elsewhere
+    assert "log of" in engaging("logs", "first").stdout
+    assert f"job {job} has ended already (COMPLETED)" in engaging("cancel", "first").stdout
+    row = cluster.job(job)
+    assert row["Comment"].startswith("engaging:") and row["Requeue"] == "1"
+
+
+def test_later_edits_do_not_reach_a_queued_run(cluster, engaging, checkout):
+    holder = cluster.sbatch(
+        "-p", "mit_normal_gpu", "--gres=gpu:h200:2", "-c", "1", "--wrap", "sleep 60", cwd=checkout
+    )
+    cluster.wait_for(holder, "RUNNING")
+    engaging(
+        "launch",
+        "gpt2",
+        "--gpus",
+        2,
+        "--gpu-type",
+        "h200",
+        "--partition",
+        "mit_normal_gpu",
+        "--name",
+        "queued",
+    )
+    job = job_of(checkout, "queued")
+    cluster.wait_until(lambda: "QOS" in cluster.job(job)["Reason"], 30)
+    why = engaging("why", job).stdout
+    assert "your own limit" in why and "allows 2, you hold 2" in why and "your other jobs end" in why
+    (checkout / "slurm" / "lib" / "marker").write_text("new code\n")
+    cluster.cancel(holder)
+    assert cluster.wait_for(job) == "COMPLETED"
+    assert (checkout / "out" / "queued" / "marker").read_text() == "old code\n"
+
+
+def test_a_name_in_the_queue_is_refused_and_afterwards_goes_on(cluster, engaging, checkout):
+    holder = cluster.sbatch(
+        "-p", "mit_normal_gpu", "--gres=gpu:h200:2", "-c", "1", "--wrap", "sleep 60", cwd=checkout
+    )
+    cluster.wait_for(holder, "RUNNING")
+    engaging("launch", "gpt2", "--gpus", 1, "--partition", "mit_normal_gpu", "--name", "same")
+    job = job_of(checkout, "same")
+    refused = engaging("launch", "gpt2", "--name", "same", check=False)
+    assert refused.returncode == 2 and f"job {job} of this name is in the queue" in refused.stderr
+    cluster.cancel(holder)
+    cluster.wait_for(job)
+    engaging("launch", "gpt2", "--name", "same")
+    assert (checkout / "out" / ".launch" / "same" / "002" / "job.json").is_file()
+
+
+def test_an_array_of_seeds_with_a_throttle_under_the_users_limit(cluster, engaging, checkout):
+    began = time.monotonic()
+    said = engaging(
+        "launch",
+        "gpt2",
+        "--partition",
+        "mit_preemptable",
+        "--seeds",
+        100,
+        "--throttle",
+        50,
+        "--name",
+        "sweep",
+    ).stdout
+    took = time.monotonic() - began
+    job = job_of(checkout, "sweep")
+    assert "100 seeds, 4 at once" in said  # the limit of mit_preemptable is 4 GPUs a user
+    cluster.wait_until(lambda: (checkout / "out" / "sweep-s1340" / "words").is_file(), 60)
+    status = engaging("status", "sweep").stdout
+    assert f"job {job} cancelled" in engaging("cancel", "sweep").stdout
+    assert words_of(checkout, "sweep-s1338")[-1] == "--seed=1338"
+    assert words_of(checkout, "sweep-s1338")[-3] == f"--out_dir={checkout}/out/sweep-s1338"
+    assert "JobArrayTaskLimit" in status or "COMPLETED" in status
+    cluster.wait_until(lambda: not cluster.squeue("--jobs", job, "--states=PENDING,RUNNING").strip(), 30)
+    assert took < 3 * slowness(), f"100 seeds took {took:.2f} s to submit"
+
+
+def slowness() -> float:
+    """How much slower than an idle machine this one is now: limits of time mean an idle one."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["launch", "gpt2", "--gpu-type", "h20"], "did you mean 'h200'"),
+        (
+            ["launch", "gpt2", "--gpus", "9", "--gpu-type", "h200", "--partition", "pi_lab"],
+            "at most 8 h200 GPUs",
+        ),
+        (["launch", "gpt2", "--gpus", "4", "--partition", "mit_normal_gpu"], "allows 2 GPUs for a user"),
+        (
+            ["launch", "gpt2", "--gpus", "1", "--gpu-type", "h100", "--partition", "mit_normal_gpu"],
+            "has no h100",
+        ),
+        (
+            ["launch", "gpt2", "--time", "7h", "--partition", "mit_normal_gpu"],
+            "mit_normal_gpu allows 06:00:00",
+        ),
+        (["launch", "gpt2", "--time", "8d"], "no partition takes this"),
+        (["launch", "gpt2", "--partition", "mit_norml_gpu"], "did you mean 'mit_normal_gpu'"),
+        (["launch", "gpt2", "--account", "nobody"], "not one of your accounts"),
+        (["launch", "gpt2", "--qos", "nothing"], "not open to you"),
+        (["launch", "gpt2", "--gpus", "1", "--partition", "mit_normal"], "has no any GPUs"),
+        (["launch", "gpt2", "--seeds", "900", "--partition", "mit_preemptable"], "jobs in the queue"),
+        (["launch", "gpt2", "--cpus", "500", "--partition", "pi_lab"], "500 CPUs"),
+        (
+            ["launch", "gpt2", "--partition", "mit_normal_gpu,mit_preemptable", "--time", "7h"],
+            "mit_normal_gpu allows",
+        ),
+        (["launch", "gpt2", "--test-only", "--reservation", "none-such"], "sbatch:"),
+        (["plan", "gpt2", "--gpu-type", "h20"], "did you mean 'h200'"),
+        (["plan", "gpt2", "--partition", "nope"], "no such partition"),
+        (["why", "99999999"], "SLURM knows no such job"),
+        (["usage", "99999999"], "job 99999999"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_refused_before_queueing(cluster, engaging, checkout, words, said):
+    before = cluster.squeue("--me", "-o", "%i")
+    done = engaging(*words, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr and done.stderr.count("\n") == 1
+    assert not (checkout / "out" / ".launch").exists() and len(cluster.squeue("--me", "-o", "%i")) <= len(
+        before
+    )
+
+
+def test_what_the_machine_lacks_is_refused(cluster, engaging, checkout, tmp_path):
+    no_environment = engaging("launch", "gpt2", env={"ENV_PATH": str(tmp_path / "none")}, check=False)
+    assert no_environment.returncode == 2 and "bash setup_env.sh" in no_environment.stderr
+    no_slurm = engaging("launch", "gpt2", "--partition", "p", env={"PATH": "/nonexistent"}, check=False)
+    assert no_slurm.returncode == 2 and "no SLURM here" in no_slurm.stderr
+    (checkout / "logs").unlink() if (checkout / "logs").is_file() else shutil.rmtree(
+        checkout / "logs", ignore_errors=True
+    )
+    (checkout / "logs").write_text("a file in the place of the folder")
+    no_logs = engaging("launch", "gpt2", check=False)
+    assert no_logs.returncode in (2, 74) and "logs" in no_logs.stderr and no_logs.stderr.count("\n") == 1
+
+
+def test_dry_run_prints_the_script_that_launch_submits(cluster, engaging, checkout):
+    words = [
+        "launch",
+        "gpt2",
+        "--gpus",
+        1,
+        "--gpu-type",
+        "l40s",
+        "--partition",
+        "mit_normal_gpu",
+        "--name",
+        "dry",
+        "--time",
+        "30m",
+    ]
+    printed = engaging(*words, "--dry-run").stdout
+    assert not (checkout / "out").exists()
+    engaging(*words)
+    submitted = (checkout / "out" / ".launch" / "dry" / "001" / "submit.sh").read_text()
+
+    def without_token(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("#SBATCH --comment=")]
+
+    assert without_token(printed) == without_token(submitted)
+    asked = engaging(*words, "--test-only").stdout
+    assert "to start at" in asked and "mit_normal_gpu" in asked
+    cluster.wait_for(job_of(checkout, "dry"))
+
+
+def test_secrets_stand_nowhere_but_in_the_jobs_environment(cluster, engaging, checkout):
+    done = engaging("launch", "gpt2", "--name", "canary", env=SECRETS)
+    job = job_of(checkout, "canary")
+    cluster.wait_for(job)
+    seen = dict(
+        pair.split("=", 1)
+        for pair in (checkout / "out" / "canary" / "environment").read_text().split("\0")
+        if "=" in pair
+    )
+    assert seen["WANDB_API_KEY"] == SECRETS["WANDB_API_KEY"] and seen["HF_TOKEN"] == SECRETS["HF_TOKEN"]
+    assert "AWS_SECRET_ACCESS_KEY" not in seen and "PYTHONPATH" not in seen
+    (checkout / "out" / "canary" / "environment").unlink()  # the recorder's own file
+    texts = [
+        done.stdout,
+        done.stderr,
+        cluster.scontrol("show", "job", job),
+        cluster.scontrol("write", "batch_script", job, "-"),
+    ]
+    texts += [path.read_text(errors="replace") for path in checkout.rglob("*") if path.is_file()]
+    for value in SECRETS.values():
+        assert not any(value in text for text in texts)
+
+
+def test_a_submission_whose_answer_is_lost_makes_exactly_one_job(cluster, engaging, checkout, tmp_path):
+    """sbatch takes the job and its answer is lost; then it is asked again after the controller was away."""
+    real, fake = shutil.which("sbatch", path=cluster.env.get("PATH")), tmp_path / "bin"
+    fake.mkdir()
+    lost = 'echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1'
+    script = f'#!/bin/bash\n"{real}" "$@" >/dev/null\n{lost}\n'
+    (fake / "sbatch").write_text(script)
+    (fake / "sbatch").chmod(0o755)
+    said = engaging(
+        "launch",
+        "gpt2",
+        "--name",
+        "lost",
+        "--partition",
+        "mit_preemptable",
+        env={"PATH": f"{fake}:{cluster.env['PATH']}"},
+    )
+    job = job_of(checkout, "lost")
+    assert "did not answer" in said.stdout and f"job {job}" in said.stdout
+    assert cluster.squeue("--me", "--states=all", "--name=lost", "-o", "%F").split() == [job]
+    cluster.wait_for(job)
+
+
+def test_of_two_launches_of_a_name_at_one_instant_one_is_refused(cluster, engaging, checkout):
+    """And two without a name are two runs, though both are named after the same second."""
+    for words, outcomes in ((["--name", "twin"], [0, 2]), ([], [0, 0])):
+        words = ["launch", "gpt2", "--partition", "mit_preemptable", *words]
+        with ThreadPoolExecutor(2) as pool:
+            both = list(pool.map(lambda words: engaging(*words, check=False), [words, words]))
+        assert sorted(done.returncode for done in both) == outcomes, [done.stderr for done in both]
+    named = cluster.squeue("--me", "--states=all", "--name=twin", "-o", "%F").split()
+    assert named == [job_of(checkout, "twin")]
+    (refused,) = (path for path in (checkout / "out" / ".launch").iterdir() if path.name == "twin")
+    assert [path.name for path in refused.iterdir()] == ["001"]
+    made = [path.name for path in (checkout / "out" / ".launch").iterdir()]
+    assert len(made) == 3 and not any(name.startswith(".") for name in made), made
+    for name in made:
+        cluster.wait_for(job_of(checkout, name))
+
+
+def test_the_controller_away_during_a_submission(cluster, engaging, checkout):
+    cluster.kill_slurmctld()
+    try:
+        done = engaging("launch", "gpt2", "--name", "away", check=False, timeout=120)
+        assert done.returncode == 75 and "does not answer" in done.stderr and done.stderr.count("\n") == 1
+        assert not (checkout / "out" / ".launch" / "away").exists()
+    finally:
+        practice.start_controller(cluster.folder)
+    try:  # before the nodes have reported to it, it refuses what they have: that is waited for
+        assert "Recommended: 2 GPUs" in engaging("plan", "gpt2", "--gpus", 2, "--gpu-type", "h200").stdout
+    finally:
+        practice.wait_for_registration(cluster.folder)
+    engaging("launch", "gpt2", "--name", "away", "--partition", "mit_preemptable")
+    cluster.wait_for(job_of(checkout, "away"))
+
+
+def test_plan_recommends_what_can_start(cluster, engaging):
+    never = engaging(
+        "plan", "speedrun", "--gpus", 8, "--partition", "mit_normal_gpu,mit_preemptable", check=False
+    )
+    assert never.returncode == 1 and "cannot start here" in never.stdout and "What can: " in never.stdout
+    waves = json.loads(engaging("plan", "gpt2", "--gpus", 1, "--seeds", 12, "--time", "6h", "--json").stdout)
+    rows = {row["partition"]: row for row in waves["options"] if row["ok"] and row["gpu_type"] == "h200"}
+    assert rows["mit_normal_gpu"]["waves"] == 6 and rows["mit_preemptable"]["waves"] == 3
+    assert rows["mit_preemptable"]["gpu_hours"] == 72 and waves["recommended"]["command"].startswith(
+        "engaging launch gpt2"
+    )
+
+
+def test_site_init_asks_the_cluster(cluster, engaging, checkout):
+    text = engaging("site", "init", "here", "--print").stdout
+    assert "[partitions.mit_preemptable]" in text and 'gpu_types = ["h200", "h100", "a100", "l40s"]' in text
+    engaging("site", "init", "here")
+    assert (checkout / "slurm" / "sites" / "here.toml").read_text() == text
+    again = engaging("site", "init", "here", check=False)
+    assert again.returncode == 2 and "--overwrite" in again.stderr
+
+
+def test_doctor_names_account_limits_and_a_grace_that_is_too_short(cluster, engaging, checkout):
+    """15 s on this cluster, and a run here that took 20 s to save."""
+    run = checkout / "out" / "slow"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"event": "save", "step": 9, "seconds": 20.0}\n')
+    found = json.loads(engaging("doctor", "--json", check=False).stdout)["findings"]
+    text = {(f["check"], f["level"]): f["text"] for f in found}
+    assert any("mit_general" in f["text"] for f in found if f["check"] == "account"), text
+    assert any("mit_preemptable: at most" in f["text"] for f in found if f["check"] == "limits")
+    said = (
+        "15 s from SIGTERM to SIGKILL (10 s grace, KillWait 5 s), NOT enough: the runs here need up to 20.0 s"
+    )
+    (warning,) = (f for f in found if f["check"] == "preempt" and f["level"] == "warn")
+    assert warning["text"].startswith(f"mit_preemptable: preempted jobs are requeued; {said}")
+    assert "--save_minutes" in warning["fix"]
+    assert said in engaging("plan", "gpt2", "--partition", "mit_preemptable").stdout
+
+
+def test_watch_asks_squeue_at_most_once_in_ten_seconds(cluster, engaging, checkout, tmp_path):
+    """The live screen on a terminal of its own for 6 s, with a squeue that counts; q ends it."""
+    import pty
+
+    real, fake, count = (
+        shutil.which("squeue", path=cluster.env.get("PATH")),
+        tmp_path / "bin",
+        tmp_path / "count",
+    )
+    fake.mkdir()
+    (fake / "squeue").write_text(f'#!/bin/bash\necho x >>"{count}"\nexec "{real}" "$@"\n')
+    (fake / "squeue").chmod(0o755)
+    job = cluster.sbatch("-p", "mit_quicktest", "-J", "watched", "--wrap", "sleep 30", cwd=checkout)
+    cluster.wait_for(job, "RUNNING")
+    env = {
+        **cluster.env,
+        "PATH": f"{fake}:{cluster.env['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "TERM": "xterm",
+        "COLUMNS": "90",
+    }
+    master, slave = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tools", "watch", job],
+        cwd=checkout,
+        env=env,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    screen, end = b"", time.monotonic() + 6
+    os.set_blocking(master, False)
+    while time.monotonic() < end:
+        try:
+            screen += os.read(master, 65536)
+        except BlockingIOError:
+            time.sleep(0.05)
+    os.write(master, b"q")
+    try:
+        assert child.wait(20) == 0
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+        cluster.cancel(job)
+        os.close(master)
+    assert b"RUNNING" in screen and job.encode() in screen
+    assert len(count.read_text().split()) == 1

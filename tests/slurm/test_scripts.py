@@ -1,0 +1,189 @@
+"""Every script on the cluster, through both doors, with GPUs in all forms: real training of a tiny model."""
+
+import json
+import re
+
+import pytest
+from conftest import TINY
+
+SHAKESPEARE = "slurm/nanogpt/train_shakespeare.sh"
+GPT2 = "slurm/nanogpt/train_gpt2.sh"
+SPEEDRUN = "slurm/modded/train_speedrun.sh"
+
+
+def finished(cluster, job: str, timeout: float = 120) -> str:
+    """The job's log, once it has ended well."""
+    state = cluster.wait_for(job, timeout=timeout)
+    assert state == "COMPLETED", f"{state}\n{cluster.log(job)}"
+    return cluster.log(job)
+
+
+def test_both_doors_and_every_form_of_gpus(cluster, project, slow_jobs, speedrun):
+    """Six jobs at once: bash and sbatch, typed and untyped, one rank and several, fewer than allocated, an array."""
+    tiny = [*TINY, "--max_iters=8"]
+    jobs = {
+        "bash": project.submit(SHAKESPEARE, *tiny, "--out_dir=out/bash"),
+        "type": project.submit(
+            SHAKESPEARE, *tiny, "--out_dir=out/type", GPU_TYPE="h100", NUM_GPUS="2", TIME="20m"
+        ),
+        "sbatch": project.sbatch("-p", "pi_lab", SHAKESPEARE, *tiny, "--out_dir=out/sbatch"),
+        "flag": project.sbatch("-p", "pi_lab", "--gres=gpu:a100:2", SHAKESPEARE, *tiny, "--out_dir=out/flag"),
+        "fewer": project.sbatch(
+            *("-p", "pi_lab", "--gres=gpu:2", SHAKESPEARE, *tiny, "--out_dir=out/fewer"), NUM_GPUS="1"
+        ),
+        "array": project.sbatch("-p", "pi_lab", "--array=0-1", SHAKESPEARE, *tiny),
+    }
+    logs = {name: finished(cluster, job, 180) for name, job in jobs.items() if name != "array"}
+    assert "1 rank " in logs["bash"]
+    assert "2 ranks" in logs["type"]
+    assert "1 rank " in logs["sbatch"]
+    assert "2 ranks" in logs["flag"]
+    assert "1 rank " in logs["fewer"]
+    assert "1 of the job's 2 GPUs" in logs["fewer"]
+    job = cluster.job(jobs["type"])
+    assert (job["Partition"], job["TimeLimit"]) == ("mit_preemptable", "00:20:00")  # no H100 elsewhere
+    assert "gres:gpu:h100:2" in job["TresPerNode"]
+    assert cluster.job(jobs["bash"])["Partition"] == "mit_normal_gpu"
+    for task in ("0", "1"):
+        finished(cluster, f"{jobs['array']}_{task}")
+        assert (project.root / f"out/nanogpt-shakespeare-{task}/metrics.jsonl").is_file()
+    assert not list(project.root.rglob("pwned")), "a path was run as a command"
+
+
+def test_two_nodes_by_sbatch_and_by_srun(cluster, project):
+    tiny = [*TINY, "--max_iters=8", "--gradient_accumulation_steps=0", "--tokens_per_step=64"]
+    batch = project.sbatch("-p", "pi_lab", "--nodes=2", "--gres=gpu:1", GPT2, *tiny, "--out_dir=out/two")
+    inside = cluster.run(
+        *("salloc", "-p", "pi_lab", "-N2", "--gres=gpu:2", "-c2", "--mem=4G", "-t10", "-Q"),
+        *("srun", "--ntasks-per-node=1", "bash", GPT2, *tiny, "--out_dir=out/srun"),
+        env=project.env,
+        cwd=project.root,
+        timeout=180,
+    )
+    assert "4 ranks" in inside.stdout
+    log = finished(cluster, batch)
+    assert "2 ranks" in log
+    assert "no InfiniBand" in log
+    assert len(cluster.nodes_of(batch)) == 2
+    one, two = (project.training(batch, run) for run in ("two", "srun"))
+    assert max(one) == max(two) == 7
+
+
+def test_a_mistake_on_two_nodes_ends_both_at_once(cluster, project):
+    job = project.sbatch("-p", "pi_lab", "--nodes=2", "--gres=gpu:1", SHAKESPEARE, "--learning_rate=fast")
+    assert cluster.wait_for(job, timeout=60) == "FAILED"
+    assert cluster.job(job)["ExitCode"] == "2:0"
+    assert "--learning_rate=fast" in cluster.log(job)
+
+
+def test_more_gpus_than_allocated_name_the_command(cluster, project):
+    job = project.sbatch("-p", "pi_lab", "--gres=gpu:1", SHAKESPEARE, *TINY, NUM_GPUS="4")
+    wrong = project.sbatch("-p", "pi_lab", "--gres=gpu:h100:1", SHAKESPEARE, *TINY, GPU_TYPE="h200")
+    for one in (job, wrong):
+        assert cluster.wait_for(one) == "FAILED"
+        assert cluster.job(one)["ExitCode"] == "2:0"
+    assert "NUM_GPUS=4: this job has 1 on each node" in cluster.log(job)
+    assert f"sbatch --gres=gpu:4 {SHAKESPEARE}" in cluster.log(job)
+    assert "GPU_TYPE=h200: this job was given h100" in cluster.log(wrong)
+
+
+def test_speedrun_without_data_holds_no_gpu(cluster, project):
+    job = project.sbatch("-p", "pi_lab", SPEEDRUN)
+    assert cluster.wait_for(job) == "FAILED"
+    assert "sbatch slurm/modded/prepare_fineweb.sh" in cluster.log(job)
+    out = project.bash(SPEEDRUN, NUM_GPUS="1").stdout
+    first, second = re.findall(r"^submitted job (\d+)", out, re.MULTILINE)
+    assert (
+        cluster.job(second)["Dependency"].startswith(f"afterok:{first}") or cluster.state(first) == "FAILED"
+    )
+    assert cluster.job(first)["Partition"] == "mit_normal"
+    assert cluster.wait_for(first) == "FAILED"  # there is no network here, and it says so
+    assert "HF_HUB_OFFLINE" in cluster.log(first)
+    assert cluster.wait_for(second) == "CANCELLED"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--dataset=nothing",), "--dataset=nothing: no tokens in"),
+        (("--data_root", "/nonexistent"), "DATA_ROOT=/nonexistent: no fineweb10B there; prepare it first"),
+    ],
+)
+def test_a_speedrun_on_tokens_that_are_not_there_is_refused_before_it_queues(project, words, said):
+    done = project.bash(SPEEDRUN, *words, check=False, NUM_GPUS="1")
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "partition"),
+    [
+        ("slurm/nanogpt/prepare_shakespeare.sh", "mit_normal"),
+        ("slurm/nanogpt/prepare_openwebtext.sh", "mit_normal"),
+        ("slurm/modded/prepare_fineweb.sh", "mit_normal"),
+    ],
+)
+def test_preparation_runs_on_cpu_partitions(cluster, project, script, partition):
+    job = project.submit(script)
+    state = cluster.wait_for(job)
+    log = cluster.log(job)
+    assert cluster.job(job)["Partition"] == partition
+    assert "gres" not in cluster.job(job).get("TresPerNode", "")
+    if state == "COMPLETED":
+        assert "shakespeare_char" in log
+        assert (project.data / "shakespeare_char" / "manifest.json").is_file()
+    else:  # no network in the tests: one line says so, and nothing half-made looks finished
+        assert log.count("error: ") == 1
+        assert "Traceback" not in log
+        assert not list(project.data.glob("openwebtext/manifest.json"))
+
+
+def test_run_sh_takes_its_words_from_a_file(cluster, project):
+    """Values reach the trainer byte for byte: they are never script text."""
+    values = [
+        "a b",
+        "x'y",
+        'x"y',
+        "$(touch pwned)",
+        "`touch pwned`",
+        "; touch pwned",
+        "line\nbreak",
+        "*",
+        "\\",
+        "é☃",
+    ]
+    words = [project.standin, "--out_dir=out/words", "--steps=1", *(f"--note={value}" for value in values)]
+    path = project.root / "words.bin"
+    path.write_bytes(b"".join(word.encode() + b"\0" for word in words))
+    script = project.root / "job.sh"
+    script.write_text("#!/bin/bash\nexec bash slurm/lib/run.sh --args-file words.bin\n")
+    job = project.sbatch("-p", "mit_quicktest", "-o", "logs/%x-%j.out", script)
+    finished(cluster, job)
+    assert json.loads((project.root / "out/words/words").read_text()) == words[1:]
+    assert not list(project.root.rglob("pwned"))
+
+
+def test_hostile_job_names_do_no_harm(cluster, project):
+    names = ["a b", "x;touch pwned", "$(touch pwned)", "`id`", "n\ntouch pwned", "-rf", "é☃", "'", '"']
+    jobs = [
+        project.sbatch(
+            "-p", "pi_lab", f"--job-name={name}", "-o", f"logs/hostile-{index}.out", SHAKESPEARE, "--check"
+        )
+        for index, name in enumerate(names)
+    ]
+    for job in jobs:
+        cluster.wait_for(job, timeout=120)
+    texts = [(project.root / f"logs/hostile-{index}.out").read_text() for index in range(len(names))]
+    assert all("shakespeare_char" in text for text in texts), (
+        texts
+    )  # the trainer's own answer: it was reached
+    assert not list(project.root.rglob("pwned"))
+
+
+def test_the_speedrun_is_told_to_save_requeued_and_goes_on(cluster, project, speedrun):
+    """The trainer itself, at its smallest, on two ranks; begun with the first test here, told at its second step."""
+    job, told = speedrun
+    told.result(120)
+    log = finished(cluster, job)
+    assert "--- saved" in log and f"job {job} attempt 2" in log and "resumed from step_" in log, log
+    assert "Traceback" not in log, log
+    assert len(set(project.training(job, f"speedrun-{job}"))) == 10

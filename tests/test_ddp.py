@@ -1,0 +1,253 @@
+"""Several ranks on CPUs (gloo): equal losses whatever their number, resumes from one number to another, deaths.
+
+Most launches fork their ranks (tests/faults/zygote.py) with the variables that torchrun sets; some are real torchruns.
+"""
+
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanogpt.common import checkpoint_names, checkpoints
+from tests.faults import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENS = "--tokens_per_step=512"  # 8 micro-batches of 4 x 16 tokens: 8, 4 and 2 for each rank
+CLOSE = 1e-5  # relative: sums of float32 in another order
+LAUNCHES = itertools.count()
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def ranks(zygote, tiny_data, tmp_path):
+    """`ranks(n, *flags)`: fork n ranks of one launch; the children, rank 0 first."""
+    children = []
+
+    def start(world: int, *flags: str, out: str = "run"):
+        port, launch = str(free_port()), f"launch-{os.getpid()}-{next(LAUNCHES)}"
+        argv = [*tiny.FLAGS, TOKENS, f"--data_root={tiny_data}", f"--out_dir={tmp_path}/{out}", *flags]
+        started = []
+        for rank in range(world):
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": launch}  # fmt: skip
+            started.append(zygote.start(argv, cwd=tmp_path, env={k: str(v) for k, v in env.items()}))
+        children.extend(started)
+        return started
+
+    yield start
+    for child in children:
+        if child.status is None:
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def statuses(children) -> list[int]:
+    """Of all ranks, when they have ended."""
+    return [child.wait(20) for child in children]
+
+
+def assert_close(found: dict[int, float], expected: dict[int, float]) -> None:
+    """The same steps, and losses equal to CLOSE."""
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=CLOSE), f"step {step}"
+
+
+def stderr_of(children) -> str:
+    return "".join(child.stderr for child in children)
+
+
+@pytest.mark.parametrize("flags", [(), ("--dropout=0.2",)])
+def test_the_number_of_ranks_does_not_change_the_losses(flags, ranks, tmp_path):
+    for world in (1, 2, 4):
+        children = ranks(world, *flags, out=f"run{world}")
+        assert statuses(children) == [0] * world, stderr_of(children)
+        assert [child.stdout for child in children[1:]] == [""] * (world - 1)
+    one = tmp_path / "run1"
+    assert sorted(tiny.losses(one)) == list(range(20))
+    for world in (2, 4):
+        assert_close(tiny.losses(tmp_path / f"run{world}"), tiny.losses(one))
+        assert_close(tiny.val_losses(tmp_path / f"run{world}"), tiny.val_losses(one))
+        plan = json.loads((tmp_path / f"run{world}/config.json").read_text())["plan"]
+        assert (plan["world_size"], plan["micro_steps"]) == (world, 8 // world)
+
+
+def test_a_validation_is_the_same_for_any_number_of_ranks(ranks, tmp_path):
+    """Equal weights, sums in float64: equal to the last digits, though 35 blocks do not divide by anything."""
+    for world in (1, 2, 4):
+        children = ranks(world, "--eval_only", "--eval_tokens=560", out=f"run{world}")
+        assert statuses(children) == [0] * world, stderr_of(children)
+    found = [tiny.val_losses(tmp_path / f"run{world}")[0] for world in (1, 2, 4)]
+    assert found == pytest.approx([found[0]] * 3, rel=1e-12)
+
+
+def test_resumes_from_one_number_of_ranks_to_another(ranks, tmp_path):
+    flags = ("--dropout=0.2", "--auto_resume=true")
+    assert statuses(ranks(1, *flags, out="one")) == [0]
+    for world, steps in ((1, 5), (2, 10), (4, 15), (1, 20)):
+        children = ranks(world, *flags, f"--max_iters={steps}")
+        assert statuses(children) == [0] * world, stderr_of(children)
+    assert_close(tiny.losses(tmp_path / "run"), tiny.losses(tmp_path / "one"))
+    resumes = tiny.events(tmp_path / "run", "resume")
+    assert [event["world_size"] for event in resumes] == [2, 4, 1]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_resume_with_the_same_ranks_is_exact(world, ranks, tmp_path):
+    """Bit for bit: the ranks' gradients are added in the same order before and after."""
+    flags = ("--dropout=0.2", "--auto_resume=true")
+    assert statuses(ranks(world, *flags, out="undisturbed")) == [0] * world
+    for steps in (7, 8, 20):
+        assert statuses(ranks(world, *flags, f"--max_iters={steps}")) == [0] * world
+    assert tiny.losses(tmp_path / "run") == tiny.losses(tmp_path / "undisturbed")
+    assert tiny.final_weights(tmp_path / "run") == tiny.final_weights(tmp_path / "undisturbed")
+
+
+def wait_for_step(folder: Path, step: int, children) -> None:
+    """Return when the run has logged that step."""
+    end = time.monotonic() + 30
+    while not (folder / "metrics.jsonl").exists() or len(tiny_lines(folder)) <= step:
+        assert time.monotonic() < end
+        assert all(child.status is None for child in children), stderr_of(children)
+        time.sleep(0.01)
+
+
+def tiny_lines(folder: Path) -> list[str]:
+    return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
+
+
+LONG = (
+    "--max_iters=4000",
+    "--lr_decay_iters=4000",
+    "--eval_interval=4000",
+    "--auto_resume=true",
+    "--save_interval=5",
+)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_one_rank_that_is_asked_to_stop_stops_all(told, ranks, tmp_path):
+    children = ranks(2, *LONG)
+    wait_for_step(tmp_path / "run", 3, children)
+    os.kill(children[told].pid, signal.SIGTERM)
+    assert statuses(children) == [75, 75], stderr_of(children)
+    step = tiny.events(tmp_path / "run", "end")[0]["step"]
+    assert checkpoint_names.steps(tmp_path / "run/checkpoints")[-1] == step
+    assert statuses(ranks(1, *LONG, f"--max_iters={step + 2}")) == [0]
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_the_death_of_a_rank_loses_nothing_saved(dead, ranks, tmp_path):
+    children = ranks(2, *LONG)
+    wait_for_step(tmp_path / "run", 12, children)
+    os.kill(children[dead].pid, signal.SIGKILL)
+    other = children[1 - dead]
+    assert other.wait() != 0  # gloo notices; with NCCL torchrun ends it
+    step = checkpoint_names.steps(tmp_path / "run/checkpoints")[-1]
+    assert step >= 5
+    assert checkpoints.problem(tmp_path / f"run/checkpoints/{checkpoint_names.name_of(step)}") == ""
+    assert statuses(ranks(2, *LONG, f"--max_iters={step + 2}")) == [0, 0]
+    assert sorted(tiny.losses(tmp_path / "run"))[-1] >= step + 1
+
+
+def test_a_loss_that_is_not_finite_is_said_once(ranks, tmp_path):
+    wild = ("--learning_rate=1000", "--min_lr=0", "--grad_clip=0", "--warmup_iters=0")
+    children = ranks(2, *wild)
+    assert statuses(children) == [70, 70]
+    assert stderr_of(children).count("error: ") == 1
+
+
+def test_a_damaged_shard_is_said_once_by_the_rank_that_read_it(tmp_path):
+    """Large sets are checked by all ranks together, after the run directory was made."""
+    folder = tiny.make_data(tmp_path / "data")
+    path = folder / "tiny_val_000000.bin"  # the second file: rank 1 reads it
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    config = f"Config(dataset='tiny', data_root={str(tmp_path / 'data')!r})"
+    script = (
+        "import nanogpt.common.training as training\n"
+        "from nanogpt.common import ranks as module\n"
+        "from nanogpt.common.errors import run_command\n"
+        "from nanogpt.config import Config\n"
+        "def main(argv):\n"
+        "    ranks = module.start('cpu', 'auto', 1)\n"
+        f"    training.checked_tokens({config}, ranks, lambda line: None)\n"
+        "run_command(main)\n"
+    )
+    port, processes = str(free_port()), []
+    for rank in range(2):
+        env = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+            )
+        )
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert "".join(said).count("error: ") == 1
+    assert "tiny_val_000000.bin" in said[1]
+
+
+# ---- the real torchrun
+
+
+def torchrun(world: int, *argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """`torchrun --standalone` as the README gives it."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={world}",
+        *argv,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_torchrun_from_the_root_and_from_the_folder(tiny_data, ranks, tmp_path):
+    """Two ranks that execute the run's copy, from both places, with the losses of the forked ranks."""
+    flags = [*tiny.FLAGS, TOKENS, f"--data_root={tiny_data}", "--max_iters=6"]
+    root = torchrun(2, "-m", "nanogpt.train", *flags, f"--out_dir={tmp_path}/root")
+    assert root.returncode == 0, root.stderr
+    preset = tmp_path / "mine.py"
+    preset.write_text("max_iters = 6\nseed = 1337\n")
+    folder = torchrun(
+        2, "train.py", str(preset), *flags, f"--out_dir={tmp_path}/folder", cwd=ROOT / "nanogpt"
+    )
+    assert folder.returncode == 0, folder.stderr
+    assert statuses(ranks(2, "--max_iters=6")) == [0, 0]
+    expected = tiny.losses(tmp_path / "run")
+    assert tiny.losses(tmp_path / "root") == tiny.losses(tmp_path / "folder") == expected
+
+
+def test_torchrun_with_ranks_that_do_not_divide_says_so_once(tiny_data, tmp_path):
+    flags = [*tiny.FLAGS, "--tokens_per_step=256", f"--data_root={tiny_data}", f"--out_dir={tmp_path}/run"]
+    done = torchrun(3, "-m", "nanogpt.train", *flags)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if re.match(r"(\[rank\d\]: *)?error:", line)]
+    assert len(lines) == 1, done.stderr
+    assert "192 or 384 would" in lines[0]
+    assert re.search(r"exitcode +: 2", done.stderr)
+    assert list(tmp_path.iterdir()) == []

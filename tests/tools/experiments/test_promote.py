@@ -1,0 +1,132 @@
+"""The rules of promotion, each with a study that it decides."""
+
+import pytest
+
+from tools.experiments import promote
+from tools.experiments.study import Result
+
+
+def result(label, letter, losses, planned=None, curve=None, **values) -> Result:
+    """Losses of seeds 42, 43, ...; `curve`: the mean loss at steps 0, 50 and 100."""
+    by_seed = {42 + index: loss for index, loss in enumerate(losses)}
+    curves = {seed: [(0, 9.0), *zip((50, 100), curve, strict=True)] for seed in by_seed} if curve else {}
+    planned = len(losses) if planned is None else planned
+    missing = values.pop("missing", 0)
+    return Result(
+        label, label, letter, label == "baseline", planned, by_seed, curves, missing=missing, gpus=1,
+        seconds=[100.0] * len(losses), **values,
+    )  # fmt: skip
+
+
+BASE = result("baseline", "A", [3.30, 3.31], curve=(4.0, 3.305))
+
+
+def test_the_lowest_mean_goes_on_and_the_baseline_with_it():
+    found = promote.decide([BASE, result("palm", "A", [3.28, 3.29]), result("depth", "A", [3.27, 3.275])])
+    assert (found.stage, found.to) == ("A", "B")
+    assert found.advance == ["depth", "baseline"] and "depth goes on to stage B" in found.verdict
+    assert "ranks before it" in found.reason_for("palm")
+
+
+def test_nothing_goes_on_when_no_variant_beats_the_baseline():
+    found = promote.decide([BASE, result("palm", "A", [3.32, 3.33])])
+    assert found.advance == [] and "no variant beats the baseline" in found.verdict
+    assert "not below the baseline's 3.3050" in found.reason_for("palm")
+
+
+def test_nothing_is_decided_while_runs_are_missing():
+    found = promote.decide([BASE, result("palm", "A", [3.28], planned=2, missing=1)])
+    assert found.advance == [] and "not complete" in found.verdict
+
+
+def test_half_of_the_runs_failed_is_too_many_and_one_of_three_is_not():
+    flaky = result("flaky", "A", [3.1, 3.11], planned=4, failed=2)
+    firm = result("firm", "A", [3.2, 3.21], planned=3, failed=1)
+    found = promote.decide([BASE, flaky, firm])
+    assert found.advance[0] == "firm" and "2 failed and left out" in found.reason_for("flaky")
+
+
+def test_a_wide_spread_sets_a_variant_behind_the_steady_ones():
+    wild = result("wild", "A", [3.10, 3.30])
+    calm = result("calm", "A", [3.25, 3.252])
+    found = promote.decide([BASE, wild, calm, result("other", "A", [3.29, 3.30])])
+    assert found.advance[0] == "calm" and found.findings[1].result.label == "other"
+    assert "times the median" in found.reason_for("wild")
+
+
+def test_a_gain_that_shrinks_sets_it_behind():
+    early = result("early", "A", [3.27, 3.28], curve=(3.5, 3.275))
+    steady = result("steady", "A", [3.285, 3.29], curve=(3.98, 3.2875))
+    found = promote.decide([BASE, early, steady])
+    assert found.advance[0] == "steady"
+    assert "+0.5000 in the middle of the run, +0.0300 at its end" in found.reason_for("early")
+
+
+def test_two_go_on_only_when_asked_and_within_their_standard_error():
+    near = [BASE, result("one", "A", [3.27, 3.29]), result("two", "A", [3.275, 3.29])]
+    assert promote.decide(near).advance == ["one", "baseline"]
+    assert promote.decide(near, most=2).advance == ["one", "two", "baseline"]
+    far = [BASE, result("one", "A", [3.20, 3.201]), result("two", "A", [3.29, 3.30])]
+    assert promote.decide(far, most=2).advance == ["one", "baseline"]
+
+
+B_BASE = result("baseline", "B", [3.300, 3.302, 3.298])
+
+
+def test_stage_b_confirms():
+    found = promote.decide([BASE, B_BASE, result("palm", "B", [3.280, 3.281, 3.279])])
+    assert (found.stage, found.to, found.advance) == ("B", "C", ["palm", "baseline"])
+
+
+@pytest.mark.parametrize(
+    ("losses", "rule", "why"),
+    [
+        ([3.31, 3.32, 3.30], "mean", "not below"),
+        ([3.20, 3.31, 3.32], "trend", "1 of 3 runs end below"),
+        ([3.2995, 3.3015, 3.2975], "interval", "overlaps"),
+        ([3.28], "interval", "one run has no interval"),
+    ],
+)
+def test_what_stage_b_does_not_confirm(losses, rule, why):
+    found = promote.decide([B_BASE, result("palm", "B", losses)])
+    assert found.advance == []
+    assert [text for name, text, ok in found.findings[0].reasons if not ok and name == rule and why in text]
+
+
+def test_one_pivot_to_the_next_of_stage_a_and_no_second():
+    a = [
+        BASE,
+        result("palm", "A", [3.27, 3.28]),
+        result("depth", "A", [3.28, 3.29]),
+        result("curr", "A", [3.29, 3.30]),
+    ]
+    failed = result("palm", "B", [3.31, 3.32, 3.33])
+    found = promote.decide([*a, B_BASE, failed])
+    assert (found.to, found.advance) == (
+        "B",
+        ["depth", "baseline"],
+    ) and "the one pivot goes to depth" in found.verdict
+    again = promote.decide([*a, B_BASE, failed, result("depth", "B", [3.31, 3.32, 3.33])])
+    assert again.advance == [] and "the one pivot is used" in again.verdict
+
+
+def test_the_configurations_baseline_stands_in_for_runs_of_it():
+    palm = result("palm", "B", [3.280, 3.281, 3.279], baseline_val_loss=3.30, baseline_std=0.002)
+    assert promote.decide([palm]).advance == ["palm"]
+    assert promote.decide([result("palm", "B", [3.280, 3.281])]).advance == []
+
+
+def test_rank_correlation():
+    def stage(letter, means):
+        return [result(name, letter, [mean]) for name, mean in zip("abcd", means, strict=False)]
+
+    same = promote.rank_correlation(stage("A", [1, 2, 3, 4]) + stage("B", [2, 3, 4, 5]), "A", "B")
+    turned = promote.rank_correlation(stage("A", [1, 2, 3, 4]) + stage("B", [5, 4, 3, 2]), "A", "B")
+    assert same == (4, pytest.approx(1)) and turned == (4, pytest.approx(-1))
+    assert promote.rank_correlation(stage("A", [1, 2]) + stage("B", [2, 3]), "A", "B") == (2, None)
+    assert promote.rank_correlation(stage("A", [1, 2]), "A", "B") is None
+
+
+def test_no_stage_is_said():
+    assert "no stage A or B" in promote.decide([result("palm", "", [3.2])]).verdict
+    assert "no variant yet" in promote.decide([BASE]).verdict

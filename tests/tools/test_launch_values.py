@@ -1,0 +1,244 @@
+"""Values never become script text: hostile names, options and overrides, and what bash makes of the script."""
+
+import itertools
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nanogpt.common.errors import UserError
+from tools.args import NAME, list_of_names, name_of
+from tools.launch import book, presets, snapshot
+from tools.launch.book import Launch
+from tools.launch.environment import is_secret, job_environment
+from tools.launch.submit import batch_script, write_args
+from tools.site.limits import Request
+
+CANARY = "canary-was-here"
+PIECES = [
+    "$(touch {c})", "`touch {c}`", "; touch {c}", "| touch {c}", "&& touch {c}", "\ntouch {c}", "\r\ntouch {c}",
+    "' ; touch {c} ; '",
+    '" ; touch {c} ; "', "$HOME", "${{IFS}}touch${{IFS}}{c}", "> {c}", "\\\ntouch {c}",
+    "*", "~", "!!", "#", "\t", " ", "\x1b[31m",
+    "é\u202e", "\U0001f600", "a" * 300, "%x", "-rf", "--wrap=touch {c}", "../../{c}",
+    "$'\\ntouch {c}'", "{{a,b}}", "\n#SBATCH --wrap=x",
+]  # fmt: skip
+WRAPS = ["{}", "x{}", "{}y", "a{}b", "--note={}", "1{}", "={}"]
+HOSTILE = [wrap.replace("{}", piece.format(c=CANARY)) for piece, wrap in itertools.product(PIECES, WRAPS)]
+SAFE_NAME = "run-1"
+
+
+def launch(name: str = SAFE_NAME, **more: object) -> Launch:
+    values = {
+        "token": "f" * 24,
+        "preset": "gpt2",
+        "trainer": "nanogpt.train",
+        "runs": ["out/x"],
+        "args": [],
+        "log": "logs/%x-%j.out",
+    }
+    return Launch(name=name, number=1, **{**values, **more})
+
+
+def script(target: Launch, request: Request, partition: str = "p", tasks: int = 1) -> str:
+    return batch_script(target, request, partition=partition, tasks=tasks, throttle=2)
+
+
+def test_there_are_enough_cases():
+    assert len(set(HOSTILE)) >= 200
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_value_is_refused_or_arrives_unchanged(value, tmp_path):
+    """As a name, account, partition, GPU type: refused or harmless. As an override: byte for byte in argv."""
+    for check in (name_of("--name"), list_of_names("--partition")):
+        try:
+            accepted = check(value)
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert accepted.replace(",", "").replace("-", "").replace("_", "").replace(".", "").isalnum()
+    request = Request(1, "h200", 60, 1, 8, 64_000)
+    for bad in (Request(1, value, 60, 1, 8, None), Request(1, "h200", 60, 1, 8, None, account=value)):
+        try:
+            text = script(launch(), bad)
+        except UserError:
+            continue
+        _only_the_known_lines(text)
+    try:
+        text = script(launch(), request, partition=value)
+    except UserError:
+        pass
+    else:
+        _only_the_known_lines(text)
+    try:
+        text = script(launch(name=value), request)
+    except UserError:
+        pass
+    else:
+        assert NAME.fullmatch(value)
+        _only_the_known_lines(text)
+    override = f"--note={value}"
+    try:
+        words = presets.check_overrides([override])
+    except UserError:
+        assert any(ord(char) < 32 or ord(char) == 127 for char in value)
+        words = [override]  # the second wall must hold without the first
+    assert _argv_in_the_job(words, tmp_path) == words
+    assert not list(tmp_path.rglob(f"*{CANARY}*"))
+
+
+def test_the_script_is_exactly_this():
+    text = script(launch(), Request(4, "h200", 360, 2, 32, 256_000, "acc", "fast"), tasks=9)
+    assert text.splitlines() == [
+        "#!/bin/bash",
+        "",
+        "# Parameters",
+        "#SBATCH --account=acc",
+        "#SBATCH --array=0-8%2",
+        "#SBATCH --comment=engaging:" + "f" * 24,
+        "#SBATCH --cpus-per-task=32",
+        "#SBATCH --gres=gpu:h200:4",
+        "#SBATCH --job-name=run-1",
+        "#SBATCH --mem=256000M",
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --output=logs/%x-%j.out",
+        "#SBATCH --partition=p",
+        "#SBATCH --qos=fast",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=B:USR1@120",
+        "#SBATCH --time=360",
+        "",
+        "# command",
+        "export SUBMITIT_EXECUTOR=slurm",
+        'launch="$SLURM_SUBMIT_DIR/out/.launch/run-1/001"',
+        'exec bash "$launch/code/slurm/lib/run.sh" --args-file "$launch/args/${SLURM_ARRAY_TASK_ID:-0}"',
+    ]
+
+
+def test_nothing_is_pickled(tmp_path):
+    from tools.launch.submit import RunExecutor
+
+    with pytest.raises(NotImplementedError):
+        RunExecutor(tmp_path).submit(print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_are_the_owners_alone(tmp_path):
+    target = book.new_launch(
+        tmp_path, SAFE_NAME, token="t", preset="gpt2", trainer="t", runs=["out/x"], args=[]
+    )
+    write_args(target, tmp_path, [["a"]])
+    assert (target.folder(tmp_path) / "args" / "0").stat().st_mode & 0o777 == 0o600
+    assert target.folder(tmp_path).stat().st_mode & 0o777 == 0o700
+
+
+def test_the_job_sees_listed_variables_only(monkeypatch):
+    for name in (
+        "PYTHONPATH",
+        "SBATCH_PARTITION",
+        "SLURM_JOB_ID",
+        "LD_PRELOAD",
+        "AWS_SECRET_ACCESS_KEY",
+        "NANOGPT_API_KEY",
+    ):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    seen = job_environment({"DATA_ROOT": "/d"})
+    assert seen["DATA_ROOT"] == "/d" and seen["NCCL_DEBUG"] == "INFO" and seen["WANDB_API_KEY"] == "secret"
+    assert not {
+        "PYTHONPATH",
+        "SBATCH_PARTITION",
+        "SLURM_JOB_ID",
+        "LD_PRELOAD",
+        "AWS_SECRET_ACCESS_KEY",
+        "NANOGPT_API_KEY",
+    } & set(seen)
+    assert is_secret("HF_TOKEN") and is_secret("aws_secret_access_key") and not is_secret("NCCL_DEBUG")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--wandb_api_key=x", "--hf_token=x", "--apikey=x", "--my-password=x", "--client_secret=x"]
+)
+def test_a_secret_as_a_flag_is_refused_and_not_repeated(flag):
+    with pytest.raises(UserError) as caught:
+        presets.check_overrides([flag.replace("=x", "=CANARYVALUE")])
+    assert "CANARYVALUE" not in str(caught.value)
+    assert presets.check_overrides(["--tokens_per_step=100", "--eval_tokens=1"]) != []
+
+
+def test_the_snapshot_is_what_git_knows_and_later_edits_do_not_reach_it(tmp_path):
+    root, target = tmp_path / "a checkout", tmp_path / "copy"
+    root.mkdir()
+    files = {"a.py": "1", "sub/b é.sh": "2", "new.py": "3", "data/big.bin": "4", "$(touch x).py": "5"}
+    for name, text in files.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+    (root / ".gitignore").write_text("/data/\n")
+    (root / "link").symlink_to("/etc/passwd")
+    git = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for words in (["init", "-q"], ["add", "a.py", "sub", ".gitignore", "link"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    facts = snapshot.copy_code(root, target)
+    copied = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert copied == {"a.py", "sub/b é.sh", "new.py", ".gitignore", "$(touch x).py"}
+    assert facts["files"] == 5 and len(facts["commit"]) == 40 and facts["changed"] is True
+    (root / "a.py").write_text("changed")
+    assert (target / "a.py").read_text() == "1"
+    assert snapshot.copy_code(root, tmp_path / "copy2")["digest"] != facts["digest"]
+
+
+def test_without_git_the_folder_is_copied_less_what_is_generated(tmp_path):
+    root = tmp_path / "plain"
+    for name in ("a.py", "out/x.py", "data/y.py", ".hidden/z.py", "__pycache__/a.pyc"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("1")
+    assert snapshot.list_files(root) == (["a.py"], "folder")
+
+
+def test_a_launch_is_found_again_and_a_forged_record_is_not_believed(tmp_path):
+    first = book.new_launch(tmp_path, "one", token="t", preset="gpt2", trainer="t", runs=["out/one"], args=[])
+    second = book.new_launch(
+        tmp_path, "one", token="u", preset="gpt2", trainer="t", runs=["out/one"], args=[]
+    )
+    assert (first.number, second.number) == (1, 2) and book.find(tmp_path, "one").token == "u"
+    with pytest.raises(UserError, match="did you mean 'one'"):
+        book.find(tmp_path, "onee")
+    record = second.folder(tmp_path) / "job.json"
+    for bad in ("{", "[]", '{"name": 3}', json.dumps({**vars(second), "name": "../x"}), "[" * 10_000):
+        record.write_text(bad)
+        assert book.find(tmp_path, "one").token == "t"
+
+
+def _only_the_known_lines(text: str) -> None:
+    """Every line is an #SBATCH option without shell characters, or one of the fixed lines."""
+    for line in text.splitlines():
+        if line.startswith("#SBATCH "):
+            assert shlex.split(line[8:]) == [line[8:]] and not set(line) & set("$`;|&<>\"'\\ \t"[:-2]), line
+        else:
+            assert not line or line.startswith(
+                ("#!/bin/bash", "# ", "export SUBMITIT", 'launch="', "exec bash")
+            ), line
+
+
+def _argv_in_the_job(words: list[str], folder: Path) -> list[str]:
+    """Run the batch script with bash, as SLURM would, with a run.sh that notes the words of its file."""
+    target = book.new_launch(
+        folder, SAFE_NAME, token="t", preset="p", trainer="t", runs=["out/x"], args=[], log="logs/%x-%j.out"
+    )
+    write_args(target, folder, [words])
+    library = target.folder(folder) / "code" / "slurm" / "lib"
+    library.mkdir(parents=True)
+    (library / "run.sh").write_text('cp "$2" seen\n')
+    text = script(target, Request(1, "h200", 60, 1, 8, None))
+    env = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(folder)}
+    subprocess.run(["bash"], input=text.encode(), env=env, cwd=folder, check=True)
+    return [
+        word.decode("utf-8", "surrogateescape") for word in (folder / "seen").read_bytes().split(b"\0")[:-1]
+    ]

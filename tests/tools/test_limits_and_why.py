@@ -1,0 +1,199 @@
+"""Whose limit it is: refusals before queueing, waves, and reasons in words."""
+
+from pathlib import Path
+
+import pytest
+
+from nanogpt.common.errors import UserError
+from tools.launch.presets import NAMED
+from tools.site import slurm
+from tools.site.cluster import Cluster, read_jobs, read_nodes, read_partitions, read_qos
+from tools.site.limits import Request, check_account, check_gpu_type, effective_qos, refusals, user_cap
+from tools.site.plan import Option, best, launch_line, options
+from tools.site.profile import Site
+from tools.site.reasons import ENDS, REASONS
+from tools.site.slurm import Association, Qos
+from tools.site.why import explain
+
+RECORDED = Path(__file__).parent / "recorded"
+SITE = Site("test")
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    """The recorded cluster: free-tier limits, nobody's jobs."""
+    found = Cluster(associations=[Association("mit_general", ("normal", "mit_amf"))])
+    read_partitions((RECORDED / "partition-22.05.txt").read_text(), found)
+    found.nodes = read_nodes((RECORDED / "node-22.05.txt").read_text())
+    found.qos = {row.name: row for row in read_qos((RECORDED / "qos-22.05.txt").read_text())}
+    return found
+
+
+def request(gpus=1, kind="h200", minutes=60, nodes=1, cpus=8, **more) -> Request:
+    return Request(gpus, kind, minutes, nodes, cpus, 64_000, **more)
+
+
+@pytest.mark.parametrize(
+    ("partition", "asked", "said"),
+    [
+        ("mit_normal_gpu", request(2), ""),
+        ("mit_normal_gpu", request(4), "2 GPUs user"),
+        ("mit_preemptable", request(4), ""),
+        ("mit_preemptable", request(8), "4 GPUs user"),
+        ("mit_preemptable", request(2, nodes=3), "2 such nodes"),
+        ("mit_preemptable", request(2, nodes=2), ""),
+        ("mit_normal_gpu", request(1, minutes=361), "time limit 6 h"),
+        ("mit_normal_gpu", request(1, "a100"), "no a100"),
+        ("mit_normal", request(1), "no h200"),
+        ("mit_preemptable", request(8, "h100"), "nodes have 4"),
+        ("mit_normal_gpu", request(1, cpus=121), "0 such nodes"),
+        ("mit_normal_gpu", request(1, account="other"), "account"),
+        ("mit_normal_gpu", request(1, qos="fast"), "qos"),
+        ("mit_normal", request(0, None, cpus=4), ""),
+    ],
+)
+def test_refusals(cluster, partition, asked, said):
+    shorts = [refusal.short for refusal in refusals(cluster, asked, partition)]
+    assert shorts == [] if not said else said in shorts, shorts
+
+
+def test_every_refusal_is_one_line_with_a_remedy(cluster):
+    for asked in (request(8), request(1, minutes=9999), request(1, account="mit_generl")):
+        for refusal in refusals(cluster, asked, "mit_preemptable"):
+            assert refusal.remedy and "\n" not in refusal.line()
+
+
+def test_unknown_names_get_the_nearest(cluster):
+    with pytest.raises(UserError, match="did you mean 'h200'"):
+        check_gpu_type(cluster, "h20")
+    with pytest.raises(UserError, match="did you mean 'mit_normal_gpu'"):
+        cluster.partition("mit_normal_gpuu")
+    with pytest.raises(UserError, match="did you mean 'mit_general'"):
+        check_account(cluster, request(account="mit_genral"))
+
+
+def test_the_partitions_qos_goes_before_the_jobs(cluster):
+    cluster.qos["normal"] = Qos("normal", per_user={"gres/gpu": 1, "cpu": 4})
+    partition = cluster.partitions["mit_normal_gpu"]
+    rows = effective_qos(cluster, partition, request())
+    assert [(row.name, row.per_user) for row in rows] == [
+        ("mit_normal_gpu", {"gres/gpu": 2}),
+        ("normal", {"cpu": 4}),
+    ]
+    assert user_cap(cluster, partition, request()) == (2, "mit_normal_gpu")
+    cluster.qos["normal"] = Qos("normal", per_user={"gres/gpu": 1}, flags=("OverPartQOS",))
+    assert user_cap(cluster, partition, request()) == (1, "normal")
+
+
+def test_a_limit_by_type(cluster):
+    cluster.qos["mit_preemptable"] = Qos("mit_preemptable", per_user={"gres/gpu": 4, "gres/gpu:h200": 1})
+    assert user_cap(cluster, cluster.partitions["mit_preemptable"], request(2))[0] == 1
+    assert refusals(cluster, request(2), "mit_preemptable")[0].remedy == "--gpus=1"
+    assert refusals(cluster, request(2, "h100"), "mit_preemptable") == []
+
+
+def test_an_8_gpu_speedrun_cannot_start_on_the_free_tier(cluster):
+    found = options(cluster, SITE, Request(8, None, 60, 1, 0), NAMED["speedrun"])
+    assert found and not any(option.ok for option in found) and best(found) is None
+    smaller = options(cluster, SITE, Request(4, None, 60, 1, 0), NAMED["speedrun"])
+    taken = {(option.partition, option.request.gpu_type) for option in smaller if option.ok}
+    assert taken == {("mit_preemptable", kind) for kind in ("h200", "h100", "l40s")}
+
+
+def test_waves_and_gpu_hours():
+    option = Option("p", request(1, minutes=360), at_once=4)
+    assert (option.waves(12), option.waves(3), option.gpu_hours(12)) == (3, 1, 72.0)
+    assert Option("p", request(1)).waves(100) == 1
+    line = launch_line("gpt2", option, 12)
+    assert line == (
+        "engaging launch gpt2 --gpus 1 --gpu-type h200 --time 06:00:00 --partition p --seeds 12 --throttle 4"
+    )
+
+
+def pending(reason: str, **more: str) -> dict[str, str]:
+    row = {
+        "JobId": "7", "JobState": "PENDING", "Reason": reason, "Partition": "mit_normal_gpu", "NumNodes": "1",
+        "NumCPUs": "8",
+        "TresPerNode": "gres:gpu:h200:4", "TimeLimit": "01:00:00", "Account": "mit_general", "QOS": "normal",
+    }  # fmt: skip
+    return {**row, **more}
+
+
+def test_your_own_quota_is_told_from_a_busy_cluster(cluster):
+    over = explain(pending("QOSMaxGRESPerUser"), cluster)
+    assert (
+        over.whose == "your own limit" and "it asks for 4, 'mit_normal_gpu' allows 2, you hold 0" in over.text
+    )
+    assert "Gres=gpu:h200:2" in over.remedy and "--partition mit_preemptable" in over.remedy
+    wide = {"Partition": "mit_preemptable", "TresPerNode": "gres:gpu:4"}
+    two = explain(pending("QOSMaxGRESPerUser", NumNodes="2", **wide), cluster)
+    assert "it asks for 8" in two.text and "Gres=gpu:2 " in two.remedy, "gres counts a node's GPUs"
+    six = explain(pending("QOSMaxGRESPerUser", NumNodes="6", **wide), cluster)
+    assert "--nodes=4 at most" in six.remedy
+    cluster.my_jobs = read_jobs((RECORDED / "squeue-22.05.txt").read_text())
+    held = explain(pending("QOSMaxGRESPerUser", TresPerNode="gres/gpu:h200:1"), cluster)
+    assert "you hold 2 there now" in held.text and "your other jobs end" in held.remedy
+    busy = explain(pending("Resources"), cluster)
+    assert busy.whose == "the cluster is busy"
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("PartitionTimeLimit", "TimeLimit=06:00:00"),
+        ("JobHeldUser", "scontrol release 7"),
+        ("DependencyNeverSatisfied", "scancel 7"),
+        ("(ReqNodeNotAvail, May be reserved for other job)", "scontrol show reservation"),
+        ("QOSMaxWallDurationPerJobLimit", "TimeLimit="),
+        ("JobArrayTaskLimit", "ArrayTaskThrottle=8"),
+        ("BadConstraints", "2 GPUs"),
+        ("SomethingNewIn2030", "ask the cluster's staff"),
+    ],
+)
+def test_reasons(cluster, reason, said):
+    found = explain(pending(reason, ArrayTaskThrottle="4"), cluster)
+    assert said in found.remedy or said in found.text, found.lines()
+
+
+def test_every_reason_and_end_formats(cluster):
+    for prefix, *_ in REASONS:
+        lines = explain(pending(prefix), cluster).lines()
+        assert len(lines) == 3 and "{" not in "".join(lines)
+    for state in ENDS:
+        assert "{" not in "".join(explain(pending("None", JobState=state), cluster).lines())
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("0:53", "mkdir -p"),
+        ("2:0", "refused"),
+        ("70:0", "NaN"),
+        ("74:0", "quota"),
+        ("76:0", "newer attempt"),
+        ("1:0", "log"),
+    ],
+)
+def test_failures_by_exit_status(cluster, code, said):
+    row = pending("None", JobState="FAILED", ExitCode=code, StdOut="/home/u/repo/logs/x-7.out")
+    assert said in "".join(explain(row, cluster).lines())
+
+
+def test_recorded_jobs_are_explained(cluster):
+    for line in (RECORDED / "job-22.05.txt").read_text().splitlines():
+        found = explain(slurm.fields(line), cluster)
+        assert found.state in slurm.ACTIVE | slurm.ENDED and found.remedy
+
+
+def test_without_accounting_limits_are_unknown_and_not_invented(cluster):
+    from tools.site.cluster import _read_limits
+
+    silent = slurm.Answer(1, "", "Slurm accounting storage is disabled")
+    answers = dict.fromkeys(("qos", "associations"), silent)
+    _read_limits(answers, cluster)
+    assert (
+        cluster.qos == {}
+        and cluster.associations == []
+        and "limits of your account are unknown" in cluster.notes[0]
+    )
+    assert refusals(cluster, request(8, account="whatever"), "mit_preemptable") == []

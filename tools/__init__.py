@@ -1,0 +1,4 @@
+"""Everything around a run: launching it, watching it, explaining it.
+
+Imports no trainer; `nanogpt.common` only.
+"""

@@ -1,0 +1,5 @@
+"""`python -m tools`: the same as `engaging`."""
+
+from tools.cli import entry
+
+entry()

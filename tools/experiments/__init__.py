@@ -1,0 +1,1 @@
+"""Studies: configurations in, runs out; `engaging experiment`."""

@@ -1,0 +1,1 @@
+"""Submitting runs and finding them again by name."""

@@ -1,0 +1,388 @@
+"""`engaging launch`: submit a run, or an array of seeds, or start it here where there is no SLURM.
+
+    engaging launch gpt2 --gpus 4 --gpu-type h200 --time 6h -- --learning_rate=3e-4
+    engaging launch gpt2 --gpus 1 --seeds 9 --throttle 2 --name wd-0.2 -- --weight_decay=0.2
+    engaging launch nanogpt --dry-run          the exact batch script, nothing else
+    engaging launch nanogpt --test-only        what the scheduler says to it
+
+Everything that can be known is checked before anything queues. The same name again goes on with the same run.
+"""
+
+import argparse
+import contextlib
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+
+from nanogpt.common.errors import UserError
+from tools.args import Parser, clock, list_of_names, minutes, name_of, whole
+from tools.launch import book, environment, presets, snapshot
+from tools.launch.book import Launch
+from tools.launch.presets import Target
+from tools.place import checkout
+from tools.site import limits, profile, slurm
+from tools.site.cluster import Cluster, ask_cluster
+from tools.site.limits import Request
+from tools.site.plan import Option, ask_starts, best, options
+from tools.site.slurm import SlurmUnreachable
+
+FIRST_SEED = 1337
+
+
+def main(argv: list[str]) -> int:
+    """The command. Everything after a lone `--` goes to the trainer."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = _parser().read(argv[:cut])
+    overrides = presets.check_overrides(argv[cut + 1 :])
+    root = checkout()
+    target = presets.resolve(root, args.preset)
+    presets.need_trainer(root, target)
+    name = args.name or f"{target.name}-{time.strftime('%m%d-%H%M%S')}"
+    launch = _launch_here if args.local or not slurm.available() else _launch_slurm
+    if args.dry_run or args.test_only:
+        return launch(args, root, target, name, overrides)
+    with contextlib.ExitStack() as stack:
+        if not args.name and not (stack.enter_context(book.held(root, name)) and not book.latest(root, name)):
+            name = f"{name}-{os.getpid()}"  # two launches of one preset in one second
+        if args.name and not stack.enter_context(book.held(root, name)):
+            raise UserError(
+                f"--name={name}: another engaging launch is submitting it at this moment; "
+                f"engaging status {name}, or choose another name"
+            )
+        _refuse_running(root, name)
+        return launch(args, root, target, name, overrides)
+
+
+def _launch_slurm(
+    args: argparse.Namespace, root: Path, target: Target, name: str, overrides: list[str]
+) -> int:
+    cluster, site = ask_cluster(), profile.current_site(root)
+    previous = book.latest(root, name)
+    only_asking = args.dry_run or args.test_only
+    if previous is not None and not only_asking and (status := _still_there(cluster, previous)):
+        raise UserError(f"--name={name}: {status}; engaging status {name}, or choose another name")
+    option = choose(args, cluster, site, target)
+    throttle = fitting_throttle(args, cluster, option)
+    runs = run_folders(name, args.seeds)
+    if not only_asking:
+        python = environment.need_environment()
+        environment.need_log_folder(root)
+        if not args.no_check:
+            presets.ask_trainer(
+                python, root, target, [*overrides, *run_words(root, runs[0])], environment.job_environment()
+            )
+    words = trainer_words(root, target, overrides, args.seeds, runs)
+    fixed = {
+        "token": secrets.token_hex(12),
+        "preset": args.preset,
+        "trainer": target.trainer,
+        "runs": runs,
+        "args": [*target.words, *overrides],
+        "log": "logs/%x-%A_%a.out" if args.seeds > 1 else "logs/%x-%j.out",
+        "request": {**vars(option.request), "partition": option.partition, "seeds": args.seeds},
+    }
+    if only_asking:
+        number = (previous.number if previous else 0) + 1
+        launch = Launch(name=name, number=number, **fixed)
+        return _dry(args, root, launch, option, throttle)
+    launch = book.new_launch(root, name, **fixed)
+    return _submit(args, root, launch, option, throttle, words)
+
+
+def _dry(args: argparse.Namespace, root: Path, launch: Launch, option: Option, throttle: int) -> int:
+    from tools.launch.submit import explain_refusal, test_only
+
+    script = _script(args, launch, option, throttle)
+    if args.dry_run:
+        print(script, end="")
+        print("nothing was submitted; the same line without --dry-run does it", file=sys.stderr)
+        return 0
+    answer = test_only(root, script)
+    if answer.unreachable:
+        raise SlurmUnreachable(f"sbatch --test-only: {slurm.refusal(answer)}; try again in a minute")
+    if answer.rc != 0:
+        raise UserError(explain_refusal(answer, launch))
+    print(slurm.refusal(answer))
+    return 0
+
+
+def _script(args: argparse.Namespace, launch: Launch, option: Option, throttle: int) -> str:
+    from tools.launch.submit import batch_script
+
+    return batch_script(
+        launch,
+        option.request,
+        partition=option.partition,
+        tasks=args.seeds,
+        throttle=throttle,
+        reservation=args.reservation,
+    )
+
+
+def _submit(
+    args: argparse.Namespace,
+    root: Path,
+    launch: Launch,
+    option: Option,
+    throttle: int,
+    words: list[list[str]],
+) -> int:
+    from tools.launch.submit import submit, write_args
+
+    folder = launch.folder(root)
+    try:
+        launch.code = snapshot.copy_code(root, folder / "code")
+        write_args(launch, root, words)
+        launch.save(root)
+        extra = environment.for_run(root, environment.need_environment(), args.max_restarts)
+        job_id = submit(launch, root, _script(args, launch, option, throttle), extra)
+    except SlurmUnreachable:
+        launch.state = "unknown"
+        launch.save(root)
+        raise
+    except BaseException:
+        snapshot.remove(folder)
+        raise
+    request = option.request
+    gpu = f"{request.gpus}x {request.gpu_type or 'GPU'}" if request.gpus else f"{request.cpus} CPUs"
+    nodes = f" on {request.nodes} nodes" if request.nodes > 1 else ""
+    many = f", {args.seeds} seeds, {throttle} at once" if args.seeds > 1 else ""
+    print(f"{launch.name}: job {job_id} in {option.partition} ({gpu}{nodes}, {clock(request.minutes)}{many})")
+    print(f"  run  {launch.runs[0]}" + (f" ... {launch.runs[-1]}" if args.seeds > 1 else ""))
+    print(f"  log  {launch.log.replace('%x', launch.name).replace('%A', job_id).replace('%j', job_id)}")
+    for left in launch.code["left_out"][:3]:
+        print(f"  not copied with the code (over 64 MB): {left}")
+    print(f"  next engaging status {launch.name}   engaging watch {job_id}   engaging cancel {launch.name}")
+    return 0
+
+
+def choose(args: argparse.Namespace, cluster: Cluster, site: profile.Site, target: Target) -> Option:
+    """The partition and GPU type for the flags given; UserError when nothing takes them."""
+    asked = Request(
+        args.gpus,
+        args.gpu_type,
+        args.time or target.minutes,
+        args.nodes,
+        args.cpus or 0,
+        slurm.memory_mb(args.mem) if args.mem else None,
+        args.account or os.environ.get("SBATCH_ACCOUNT") or None,
+        args.qos or os.environ.get("SBATCH_QOS") or None,
+    )
+    limits.check_gpu_type(cluster, asked.gpu_type)
+    limits.check_account(cluster, asked)
+    if cluster.associations == [] and not cluster.notes:
+        raise UserError(
+            "SLURM knows no account of yours; a new one takes about 15 minutes after the first log-in, "
+            "then ask the cluster's staff"
+        )
+    if (why := target.refuse_gpus(asked.all_gpus)) is not None:
+        raise UserError(why)
+    if args.partition and "," in args.partition:
+        return _first_that_starts(args, cluster, site, target, asked)
+    found = options(cluster, site, asked, target, args.partition)
+    taken = [option for option in found if option.ok]
+    if len(taken) > 1 and not args.partition:
+        ask_starts(found)
+    chosen = best(found, args.seeds)
+    if chosen is None:
+        raise UserError(_why_none(found, args))
+    return chosen
+
+
+def _first_that_starts(
+    args: argparse.Namespace, cluster: Cluster, site: profile.Site, target: Target, asked: Request
+) -> Option:
+    """A list of partitions goes to SLURM as it is (the first free one starts it); each must take the job."""
+    found = options(cluster, site, asked, target, args.partition)
+    names = [option.partition for option in found if option.ok]
+    missing = [name for name in args.partition.split(",") if name not in names]
+    if missing:
+        raise UserError(_why_none([option for option in found if option.partition in missing], args))
+    chosen = min(
+        (option for option in found if option.ok), key=lambda o: (o.request.cpus, o.request.memory_mb or 0)
+    )
+    chosen.partition = args.partition
+    return chosen
+
+
+def _why_none(found: list[Option], args: argparse.Namespace) -> str:
+    first = next((refusal for option in found for refusal in option.refusals), None)
+    plan = f"engaging plan {args.preset} --gpus {args.gpus}"
+    if len({option.partition for option in found}) == 1 and first is not None:
+        return first.line() + ("" if first.remedy else f"; {plan} shows what can start")
+    reasons = dict.fromkeys(f"{o.partition}: {o.refusals[0].short}" for o in found if o.refusals)
+    return f"no partition takes this ({'; '.join(reasons) or 'none has GPUs'}); {plan} shows what can start"
+
+
+def fitting_throttle(args: argparse.Namespace, cluster: Cluster, option: Option) -> int:
+    """How many seeds run at once: as asked, else what the user's own limits allow.
+
+    Refuses what never fits.
+    """
+    partition = cluster.partition(option.partition.split(",")[0])
+    rows = limits.effective_qos(cluster, partition, option.request)
+    for row in rows:
+        sharing = {p.name for p in cluster.partitions.values() if p.qos == row.name}
+        queued = sum(job.tasks for job in cluster.my_jobs if job.partition in sharing or job.qos == row.name)
+        if row.max_submit is not None and queued + args.seeds > row.max_submit:
+            raise UserError(
+                f"--seeds={args.seeds}: {row.name!r} allows {row.max_submit} jobs in the queue and you have "
+                f"{queued}; --seeds={max(0, row.max_submit - queued)}"
+            )
+    caps = [row.max_jobs for row in rows if row.max_jobs] + ([option.at_once] if option.at_once else [])
+    return max(1, min([args.throttle or args.seeds, args.seeds, *caps]))
+
+
+def run_folders(name: str, seeds: int) -> list[str]:
+    """The run directories, relative to the checkout: `out/<name>`, or `out/<name>-s<seed>` for several."""
+    if seeds == 1:
+        return [f"out/{name}"]
+    return [f"out/{name}-s{FIRST_SEED + index}" for index in range(seeds)]
+
+
+def run_words(root: Path, run: str) -> list[str]:
+    """The flags that the launcher sets: where the run is, and that it goes on when it is there already."""
+    return [f"--out_dir={root / run}", "--auto_resume=true"]
+
+
+def trainer_words(
+    root: Path, target: Target, overrides: list[str], seeds: int, runs: list[str]
+) -> list[list[str]]:
+    """What each task's argument file holds: the trainer's module, its preset, flags (the last one wins)."""
+    if seeds > 1 and any(word.startswith("--seed=") or word == "--seed" for word in overrides):
+        raise UserError("--seed: with --seeds the launcher sets it (1337, 1338, ...); leave one of them out")
+    tasks = []
+    for index, run in enumerate(runs):
+        words = [target.trainer, *target.words, *overrides, *run_words(root, run)]
+        tasks.append([*words, f"--seed={FIRST_SEED + index}"] if seeds > 1 else words)
+    return tasks
+
+
+def _launch_here(
+    args: argparse.Namespace, root: Path, target: Target, name: str, overrides: list[str]
+) -> int:
+    from tools.launch.local import local_gpus, start
+
+    if args.test_only:
+        raise UserError("--test-only: no SLURM here to ask (no sbatch on PATH); log in to the cluster")
+    asked = [f for f in ("partition", "account", "qos", "reservation") if getattr(args, f)]
+    if asked:
+        raise UserError(
+            f"--{asked[0]}: no SLURM here (no sbatch on PATH); leave it out, or log in to the cluster"
+        )
+    if args.nodes > 1:
+        raise UserError(f"--nodes={args.nodes}: without SLURM a run stays on this machine; leave it out")
+    here = local_gpus()
+    gpus = args.gpus if args.gpus_given else min(here, 1)
+    if gpus > here:
+        raise UserError(f"--gpus={gpus}: this machine has {here}; leave --gpus out, or submit on the cluster")
+    runs = run_folders(name, args.seeds)
+    words = trainer_words(root, target, overrides, args.seeds, runs)
+    if args.dry_run:
+        for task in words:
+            print("bash slurm/lib/run.sh", *[word if word.isprintable() else repr(word) for word in task])
+        return 0
+    python = environment.need_environment()
+    environment.need_log_folder(root)
+    if not args.no_check:
+        presets.ask_trainer(
+            python, root, target, [*overrides, *run_words(root, runs[0])], environment.job_environment()
+        )
+    launch = book.new_launch(
+        root,
+        name,
+        token=secrets.token_hex(12),
+        preset=args.preset,
+        trainer=target.trainer,
+        runs=runs,
+        args=[*target.words, *overrides],
+        log=f"logs/%x-{os.getpid()}.out",
+        request={"gpus": gpus, "seeds": args.seeds, "max_restarts": args.max_restarts},
+    )
+    return start(root, launch, words, gpus, environment.for_run(root, python, args.max_restarts))
+
+
+def _refuse_running(root: Path, name: str) -> None:
+    """UserError for a name whose local process still runs."""
+    previous = book.latest(root, name)
+    if previous is not None and previous.state == "local":
+        from tools.launch.local import alive
+
+        if alive(previous):
+            raise UserError(
+                f"--name={name}: runs already (process {previous.pid}); engaging status {name}, "
+                "or choose another name"
+            )
+
+
+def _still_there(cluster: Cluster, launch: Launch) -> str:
+    """What the previous launch of this name is doing, "" when it is over.
+
+    Adopts a job whose answer was lost.
+    """
+    for job in cluster.my_jobs:
+        lost = launch.state in ("prepared", "unknown") and job.comment == book.COMMENT + launch.token
+        if lost or (launch.job_id and job.base == launch.job_id):
+            return f"job {job.base} of this name is in the queue ({job.state})"
+    return ""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "launch",
+        __doc__ or "",
+        usage="engaging launch PRESET [options] [-- --learning_rate=3e-4 ...]",
+    )
+    add = parser.add_argument
+    add("preset", metavar="PRESET", help="nanogpt, gpt2, speedrun, or a preset of either trainer")
+    add(
+        "--gpus",
+        type=whole("--gpus", 0, 1024),
+        default=1,
+        action=_Given,
+        help="GPUs on each node (default 1)",
+    )
+    add("--gpu-type", type=name_of("--gpu-type"), help="h200, h100, l40s ...; default: what starts first")
+    add("--time", type=minutes("--time"), help="time limit of one job: 6h, 90m, 2-00:00:00")
+    add("--nodes", type=whole("--nodes", 1, 1024), default=1, help="nodes (default 1)")
+    add("--cpus", type=whole("--cpus", 1, 4096), help="CPUs on each node; default: the site's figure")
+    add("--mem", type=_memory, help="memory on each node, such as 64G; default: the site's figure")
+    add("--partition", type=list_of_names("--partition"), help="default: the one that starts first")
+    add("--account", type=name_of("--account"))
+    add("--qos", type=name_of("--qos"), help="name it together with --account")
+    add("--reservation", type=name_of("--reservation"))
+    add("--name", type=name_of("--name"), help="the run's name; default: the preset and the time")
+    add(
+        "--seeds",
+        type=whole("--seeds", 1, 10000),
+        default=1,
+        help="the run with this many seeds, as one array",
+    )
+    add(
+        "--throttle",
+        type=whole("--throttle", 1, 10000),
+        help="seeds at once; default: what your limits allow",
+    )
+    add("--max-restarts", type=whole("--max-restarts", 0, 1000), default=20, help="further jobs, default 20")
+    add("--dry-run", action="store_true", help="print the exact batch script and stop")
+    add("--test-only", action="store_true", help="ask the scheduler, queue nothing")
+    add("--local", action="store_true", help="run on this machine, in the background")
+    add("--no-check", action="store_true", help="skip the trainer's own check of its flags and data")
+    parser.set_defaults(gpus_given=False)
+    return parser
+
+
+class _Given(argparse.Action):
+    """Stores the value and remembers that it was given."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.gpus_given = True
+
+
+def _memory(text: str) -> str:
+    if not slurm.memory_mb(text):
+        raise UserError(f"--mem={text[:40]!r}: expected an amount such as 64G or 500000M")
+    return text

@@ -1,0 +1,415 @@
+"""Start, stop and ask the practice cluster of one folder.
+
+Order: munge (own key and socket) -> MariaDB (own data, own socket, no network) -> slurmdbd -> accounts
+-> slurmctld -> one slurmd a node, each in namespaces of its own -> limits. `down` goes back the same way and
+then looks for whatever is left. Requests are signed with the cluster's own munge key, so the ports are of no
+use to strangers.
+"""
+
+import contextlib
+import fcntl
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanogpt.common.errors import CommandError, UserError
+from tools.practice import conf, packages
+from tools.practice.conf import Options
+from tools.practice.processes import (
+    alive,
+    children,
+    command_name,
+    descendants,
+    end,
+    poll,
+    read_pid,
+    wait_until,
+    with_environment,
+)
+from tools.practice.shape import ACCOUNT, CLUSTER, NODES, PARTITIONS
+
+LONGEST_FOLDER = 60  # a unix socket's path must stay under 108 characters
+DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld")
+MARK = "PRACTICE_CLUSTER_DAEMON_OF"
+HERE = Path(__file__).resolve().parent
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What a program needs in its environment to talk to the cluster of that folder."""
+    return {"SLURM_CONF": str(Path(folder).resolve() / "etc" / "slurm.conf"), "PATH": packages.search_path()}
+
+
+def up(folder: Path, options: Options | None = None) -> bool:
+    """Start the cluster in `folder`; False when it was running already. A half-dead one is started afresh."""
+    options = options or Options()
+    folder = _prepare_folder(Path(folder))
+    packages.install(folder / "log" / "apt.log")
+    with _lock(folder):
+        if status(folder)["running"]:
+            return False
+        if _everything(folder):
+            print(f"practice cluster in {folder}: half of it is dead; starting it again", file=sys.stderr)
+            _stop(folder)
+        try:
+            _start(folder, options)
+        except BaseException:
+            _stop(folder)
+            raise
+    return True
+
+
+def down(folder: Path, *, delete: bool = False) -> bool:
+    """Stop the cluster and everything it started; False when nothing ran. `delete` removes its folder too."""
+    folder = Path(folder).resolve()
+    if not (folder / "etc").is_dir():
+        return False
+    with _lock(folder):
+        found = bool(_everything(folder))
+        _stop(folder)
+    if delete:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def status(folder: Path) -> dict[str, object]:
+    """{"running": bool, "alive": {daemon or node: process id}, "missing": [names]} of a folder's cluster."""
+    folder = Path(folder).resolve()
+    pids = {name: read_pid(folder / "run" / f"{name}.pid") for name in DAEMONS}
+    pids |= {node.name: node_init(folder, node.name) for node in NODES}
+    missing = [name for name, pid in pids.items() if pid is None]
+    ping = not missing and _call(folder, ["scontrol", "ping"], check=False).returncode == 0
+    return {"running": ping, "alive": {k: v for k, v in pids.items() if v}, "missing": missing}
+
+
+def node_init(folder: Path, name: str) -> int | None:
+    """The first process of a node (as this machine counts), below which all of the node's processes live."""
+    outer = read_pid(folder / "run" / f"node-{name}.pid")
+    below = children(outer) if outer and command_name(outer) == "unshare" else []
+    return below[0] if below else None
+
+
+def start_node(folder: Path, name: str) -> None:
+    """Switch a node on. Its slurmd registers with the controller within a second or two."""
+    folder = Path(folder).resolve()
+    (folder / "spool" / name).mkdir(exist_ok=True)
+    (folder / "run" / f"slurmd-{name}.pid").unlink(
+        missing_ok=True
+    )  # its number means nothing in a new namespace
+    command = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--uts", "--mount"]
+    command += ["bash", str(HERE / "node.sh"), name, str(folder / "etc" / "hosts")]
+    process = _background(folder, f"node-{name}", command)
+    (folder / "run" / f"node-{name}.pid").write_text(f"{process.pid}\n")
+
+
+def stop_node(folder: Path, name: str) -> None:
+    """Pull the node's plug: all of its processes die at once, and nobody is told."""
+    folder = Path(folder).resolve()
+    outer, first = read_pid(folder / "run" / f"node-{name}.pid"), node_init(folder, name)
+    inner = descendants(first) if first else []
+    end([pid for pid in (first, outer) if pid], 10, signal.SIGKILL)
+    poll(lambda: not any(map(alive, inner)), 10)
+    (folder / "run" / f"node-{name}.pid").unlink(missing_ok=True)
+
+
+def kill_slurmd(folder: Path, name: str) -> None:
+    """Kill the node's slurmd only: to the controller the node is lost, while its jobs go on running."""
+    first = node_init(Path(folder).resolve(), name)
+    end([pid for pid in children(first or 0) if command_name(pid) == "slurmd"], 5, signal.SIGKILL)
+
+
+def start_slurmd(folder: Path, name: str) -> None:
+    """Start slurmd again on a node that runs without one."""
+    folder = Path(folder).resolve()
+    first = node_init(folder, name)
+    if first is None:
+        raise UserError(f"node {name!r} is off; start the node")
+    (folder / "run" / f"slurmd-{name}.pid").unlink(missing_ok=True)
+    _call(folder, ["nsenter", f"--target={first}", "--pid", "--mount", "--uts", "slurmd", "-N", name])
+
+
+def kill_controller(folder: Path) -> None:
+    """Kill slurmctld without a word, as a crash does."""
+    pid = read_pid(Path(folder).resolve() / "run" / "slurmctld.pid")
+    if pid and command_name(pid) == "slurmctld":
+        end([pid], 5, signal.SIGKILL)
+
+
+def start_controller(folder: Path) -> None:
+    """Start slurmctld and wait until it answers."""
+    folder = Path(folder).resolve()
+    (folder / "run" / "slurmctld.pid").unlink(missing_ok=True)
+    _call(folder, ["slurmctld"])
+    _wait_for_command(folder, "slurmctld", ["scontrol", "ping"])
+
+
+def wait_for_registration(folder: Path) -> None:
+    """Wait until every node that is on has reported to the controller since that started.
+
+    Until then a restarted controller gives out GPUs that no step can use ("Invalid generic resource").
+    """
+    folder = Path(folder).resolve()
+    on = [node.name for node in NODES if node_init(folder, node.name)]
+
+    def reported() -> bool:
+        text = _call(folder, ["scontrol", "show", "node", "-o"], check=False).stdout
+        rows = {
+            row.split()[0].partition("=")[2]: row for row in text.splitlines() if row.startswith("NodeName=")
+        }
+        return all(name in rows and "SlurmdStartTime=None" not in rows[name] for name in on)
+
+    wait_until("the nodes' reports", reported, 60, folder / "log")
+
+
+def _prepare_folder(folder: Path) -> Path:
+    folder = folder.absolute()
+    if len(str(folder.resolve())) > LONGEST_FOLDER:
+        raise UserError(
+            f"--dir={folder}: longer than {LONGEST_FOLDER} characters; unix sockets need a shorter one"
+        )
+    if any(char.isspace() or char in "\"'\\#,;%" for char in str(folder)):
+        raise UserError(
+            f"--dir={str(folder)!r}: SLURM's files take no spaces or quotes there; choose a plain path"
+        )
+    if folder.exists() and (not folder.is_dir() or folder.stat().st_uid != os.geteuid()):
+        raise UserError(f"--dir={folder}: not a folder of yours; choose another")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / ".practice").exists():
+        raise UserError(f"--dir={folder}: not empty and not a practice cluster's folder; choose another")
+    for name, mode in (("", 0o755), ("etc", 0o755), ("run", 0o755), ("log", 0o755), ("dev", 0o755)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).chmod(mode)
+    for name in ("state", "spool", "db", "tmp", "sql"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name).chmod(0o755 if name == "spool" else 0o700)  # jobs' scripts run from spool
+    (folder / ".practice").touch()
+    return folder.resolve()
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    with (folder / ".practice").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CommandError(f"{folder}: another start or stop is at work there; wait for it") from None
+        yield
+
+
+def _start(folder: Path, options: Options) -> None:
+    for file in (folder / "run").iterdir():
+        file.unlink()
+    _write_files(folder, options)
+    _start_munge(folder)
+    _start_database(folder)
+    _call(folder, ["slurmdbd"], MYSQL_UNIX_PORT=str(folder / "sql" / "my.sock"))
+    _wait_for_command(folder, "slurmdbd", ["sacctmgr", "-n", "show", "cluster"])
+    fresh = not (folder / "state" / ".accounts").exists()
+    if fresh:
+        _add_accounts(folder)
+    _add_users(folder, options.users)
+    start_controller(folder)
+    for node in NODES:
+        start_node(folder, node.name)
+    if fresh:
+        _set_limits(folder)  # only now: slurmdbd knows gres/gpu from slurmctld's first start on
+        (folder / "state" / ".accounts").touch()
+    wait_until("the nodes", lambda: _nodes_ready(folder), 60, folder / "log")
+
+
+def _write_files(folder: Path, options: Options) -> None:
+    etc = folder / "etc"
+    port = _free_ports(etc / "port")
+    (etc / "port").write_text(f"{port}\n")
+    (etc / "slurm.conf").write_text(conf.slurm_conf(folder, port, options))
+    (etc / "gres.conf").write_text(conf.gres_conf(folder))
+    (etc / "hosts").write_text(conf.hosts(socket.gethostname()))
+    (etc / "slurmdbd.conf").touch(mode=0o600)
+    (etc / "slurmdbd.conf").chmod(0o600)
+    (etc / "slurmdbd.conf").write_text(conf.slurmdbd_conf(folder, port))
+    for index in range(max(node.gpus for node in NODES)):
+        device = folder / "dev" / f"nvidia{index}"
+        if not device.is_char_device():
+            os.mknod(device, 0o020666, os.makedev(1, 3))  # the null device under another name
+
+
+def _free_ports(remembered: Path) -> int:
+    """The first of 20 free ports: last time's if they still are, else some block from 20000 on."""
+    bases = list(range(20000, 32000, 20))
+    random.shuffle(bases)  # two starts at once seldom meet
+    with contextlib.suppress(OSError, ValueError):
+        bases.insert(0, int(remembered.read_text()))
+    for base in bases:
+        if all(_port_is_free(base + offset) for offset in range(20)):
+            return base
+    raise CommandError("no block of 20 free ports between 20000 and 32000 on this machine")
+
+
+def _port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+    return True
+
+
+def _start_munge(folder: Path) -> None:
+    key, run = folder / "etc" / "munge.key", folder / "run"
+    if not key.exists():
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+    command = ["munged", f"--key-file={key}", f"--socket={run}/munge.sock", f"--pid-file={run}/munged.pid"]
+    _call(
+        folder, [*command, f"--log-file={folder}/log/munged.log", f"--seed-file={folder}/state/munged.seed"]
+    )
+
+
+def _start_database(folder: Path) -> None:
+    data, sock = (
+        folder / "db",
+        folder / "sql" / "my.sock",
+    )  # the socket's folder is closed: it takes no password
+    small = [
+        "--innodb-log-file-size=8M",
+        "--innodb-flush-log-at-trx-commit=0",
+        "--innodb-flush-method=nosync",
+    ]
+    common = ["--no-defaults", "--user=root", f"--datadir={data}", *small]
+    if not (data / "mysql").is_dir():
+        install = [
+            "mariadb-install-db",
+            *common,
+            "--skip-test-db",
+            "--auth-root-authentication-method=normal",
+        ]
+        _call(folder, install, timeout=120)
+    server = [
+        "mariadbd",
+        *common,
+        f"--socket={sock}",
+        f"--pid-file={folder}/run/mariadbd.pid",
+        "--skip-networking",
+    ]
+    server += [f"--tmpdir={folder}/tmp", "--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900"]
+    _background(folder, "mariadbd", [*server, "--performance-schema=off", "--skip-log-bin"])
+    ping = ["mariadb-admin", "--no-defaults", f"--socket={sock}", "-u", "root", "ping"]
+    _wait_for_command(folder, "mariadbd", ping)
+
+
+def _add_accounts(folder: Path) -> None:
+    _manager(folder, "add", "cluster", CLUSTER)
+    _manager(folder, "add", "account", ACCOUNT, "Description=practice", "Organization=practice")
+    _manager(folder, "add", "qos", ",".join(part.name for part in PARTITIONS if part.limits))
+
+
+def _add_users(folder: Path, users: tuple[str, ...]) -> None:
+    for user in ("root", *users):
+        _manager(folder, "add", "user", user, f"Account={ACCOUNT}", check=False)  # fails when there already
+        _manager(folder, "modify", "user", user, "set", f"DefaultAccount={ACCOUNT}", check=False)
+
+
+def _set_limits(folder: Path) -> None:
+    for part in PARTITIONS:
+        if part.limits:
+            limits = [f"MaxTRESPerUser={part.limits}", f"MaxSubmitJobsPerUser={part.max_jobs}"]
+            _manager(folder, "modify", "qos", part.name, "set", *limits)
+
+
+def _nodes_ready(folder: Path) -> bool:
+    lines = _call(folder, ["sinfo", "-h", "-N", "-o", "%N %T"], check=False).stdout.split("\n")
+    states = dict(line.split() for line in lines if line.strip())
+    bad = [name for name, word in states.items() if word.startswith(("drain", "down"))]
+    if bad:  # a leftover of an earlier life, such as "Duplicate jobid" after a killed controller
+        _call(folder, ["scontrol", "update", f"NodeName={','.join(bad)}", "State=RESUME"], check=False)
+    return len(states) == len(NODES) and all(w in ("idle", "mixed", "allocated") for w in states.values())
+
+
+def _stop(folder: Path) -> None:
+    ours = read_pid(folder / "run" / "slurmctld.pid")
+    if ours and command_name(ours) == "slurmctld":
+        _cancel_jobs(folder)
+    for node in NODES:
+        stop_node(folder, node.name)
+    for name in reversed(DAEMONS):
+        pid = read_pid(folder / "run" / f"{name}.pid")
+        if pid and command_name(pid) == name:
+            end([pid], 20)
+    end(_everything(folder), 3)  # whatever lost its PID file
+    for file in (folder / "run").glob("*"):
+        file.unlink(missing_ok=True)
+
+
+def _cancel_jobs(folder: Path) -> None:
+    """Cancel with notice, so that the accounting has an end for each job. The nodes' end does the rest."""
+    jobs = _call(folder, ["squeue", "-h", "-o", "%A"], check=False).stdout.split()
+    if jobs:
+        _call(folder, ["scancel", "--full", *sorted(set(jobs))], check=False)
+        running = ["squeue", "-h", "-t", "R,CG", "-o", "%A"]
+        poll(lambda: not _call(folder, running, check=False).stdout.strip(), 3)
+
+
+def _everything(folder: Path) -> list[int]:
+    """All daemons and nodes of this cluster: they carry its mark, which neither users' shells nor jobs do."""
+    return with_environment(f"{MARK}={folder}")
+
+
+def _manager(folder: Path, *words: str, check: bool = True) -> None:
+    _call(folder, ["sacctmgr", "-i", *words], check=check)
+
+
+def _wait_for_command(folder: Path, what: str, command: list[str]) -> None:
+    wait_until(what, lambda: _call(folder, command, check=False).returncode == 0, 60, folder / "log")
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """A clean one: what an enclosing SLURM job set would confuse this cluster's daemons."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
+    return {**kept, **environment(folder), MARK: str(folder)}
+
+
+def _call(
+    folder: Path, command: list[str], *, check: bool = True, timeout: float = 30, **variables: str
+) -> subprocess.CompletedProcess:
+    """Run one command of the cluster; a failure is an error with the command's own last words."""
+    env = {**_environment(folder), **variables}
+    log = folder / "log" / "commands.log"
+    # Output goes through a file: a daemon that keeps a pipe open would keep us waiting.
+    with log.open("ab+") as out:
+        start = out.seek(0, os.SEEK_END)
+        try:
+            code = subprocess.run(
+                command,
+                env=env,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                timeout=timeout,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+        out.seek(start)
+        text = out.read().decode(errors="replace")
+    if check and code:
+        last = text.strip().splitlines()[-1:] or ["no output"]
+        raise CommandError(f"{command[0]} failed with status {code}: {last[0]}; see {folder}/log")
+    return subprocess.CompletedProcess(command, code, stdout=text)
+
+
+def _background(folder: Path, name: str, command: list[str]) -> subprocess.Popen:
+    with (folder / "log" / f"{name}.out").open("ab") as out:
+        return subprocess.Popen(
+            command,
+            env=_environment(folder),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )

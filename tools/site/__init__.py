@@ -1,0 +1,1 @@
+"""What this cluster is and allows, asked of the cluster itself."""

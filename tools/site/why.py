@@ -1,0 +1,250 @@
+"""`engaging why JOBID`: why a job waits (or ended), whose limit it is, and the exact flag that would change
+it.
+
+SLURM's reason is one word. Here it is joined with what was asked, the user's own limits and what the user
+already holds: "the cluster is busy" and "your own quota" look alike in squeue.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from nanogpt.common.errors import UserError
+from tools.args import Parser, clock, parse_minutes, words
+from tools.site import slurm
+from tools.site.cluster import Cluster, ask_cluster
+from tools.site.limits import Request, effective_qos, largest_node, refusals, user_cap
+from tools.site.reasons import ENDS, EXITS, REASONS
+from tools.site.slurm import SlurmUnreachable
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One job's state explained: `whose` limit, `text` in words, `remedy` the exact flag or command."""
+
+    job: str
+    state: str
+    reason: str
+    whose: str
+    text: str
+    remedy: str
+
+    def lines(self) -> list[str]:
+        """What is printed."""
+        head = f"job {self.job}: {self.state}" + (
+            f" ({self.reason})" if self.reason not in ("", "None") else ""
+        )
+        return [
+            head,
+            f"  {self.whose}: {self.text}" if self.whose else f"  {self.text}",
+            f"  -> {self.remedy}",
+        ]
+
+
+def explain(row: dict[str, str], cluster: Cluster) -> Explanation:
+    """A job of `scontrol show job -o`, explained with the cluster's limits.
+
+    Unknown reasons are named as they are.
+    """
+    job = row.get("ArrayJobId", row.get("JobId", "?"))
+    state, reason = slurm.state_of(row.get("JobState", "")), row.get("Reason", "None").split(",")[0]
+    log = row.get("StdOut", "logs/")
+    if state in ENDS:
+        text, remedy = ENDS[state]
+        exit_code = row.get("ExitCode", "")
+        if state == "FAILED" and exit_code == "0:53":
+            text, remedy = (
+                "its log could not be opened, so it never ran",
+                f"mkdir -p {Path(log).parent}",
+            )
+        elif state == "FAILED":
+            text, remedy = _failed(exit_code, text, remedy)
+        return Explanation(job, state, reason, "", text, remedy.format(id=job, log=log))
+    if state != "PENDING":
+        return Explanation(job, state, reason, "", _running(row), f"engaging watch {job}")
+    whose, text, remedy = _pending(reason)
+    request = request_of(row)
+    values = {"id": job, "log": log, "more": "N"}
+    if "{gpus}" in remedy or "{cpus}" in remedy or "{memory}" in remedy:
+        detail, remedy = _quota(row, request, cluster, remedy)
+        text += detail
+    elif "{time}" in remedy:
+        remedy = _time_flag(job, row.get("Partition", ""), cluster)
+    elif "{fits}" in remedy:
+        remedy = _fits(row, request, cluster)
+    if "ArrayTaskThrottle" in row:
+        values["more"] = str((slurm._int(row["ArrayTaskThrottle"]) or 1) * 2)
+    return Explanation(job, state, reason, whose, text, remedy.format(**values))
+
+
+def request_of(row: dict[str, str]) -> Request:
+    """What a job of `scontrol show job` asks for."""
+    nodes = int((re.match(r"[0-9]+", row.get("NumNodes", "1")) or ["1"])[0])
+    found = slurm.gpus(row.get("TresPerNode")) or slurm.gpus(row.get("TresPerJob"))
+    asked = slurm.tres(row.get("ReqTRES") or row.get("TRES"))
+    kind = next((name for name in found if name), None)
+    gpus = sum(found.values()) or asked.get("gres/gpu", 0) // max(nodes, 1)
+    cpus = slurm._int(row.get("NumCPUs", "").split("-")[0]) or asked.get("cpu", 1)
+    minutes = parse_minutes(row.get("TimeLimit", "")) or 60
+    return Request(gpus, kind, minutes, nodes, max(1, cpus // max(nodes, 1)), asked.get("mem"),
+                   _known(row.get("Account")), _known(row.get("QOS")))  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    parser = Parser(
+        "why", "Why a job waits or ended: in words, whose limit it is, and the flag that would change it."
+    )
+    parser.add_argument("job", metavar="JOBID", help="a job id (12, 12_3) or the name of a launch")
+    args = parser.read(argv)
+    slurm.need_slurm("engaging why")
+    job = _job_id(args.job)
+    answer = slurm.ask(["scontrol", "show", "job", "-o", job])
+    if answer.unreachable:
+        raise SlurmUnreachable(f"scontrol: {slurm.refusal(answer)}; try again in a minute")
+    rows = [slurm.fields(line) for line in answer.out.splitlines() if "JobId=" in line]
+    if not rows:
+        rows = _from_accounting(job)
+    if not rows:
+        raise UserError(f"job {job}: SLURM knows no such job; squeue --me lists yours, sacct the ended ones")
+    cluster = ask_cluster()
+    pending = [row for row in rows if row.get("JobState") == "PENDING"]
+    for line in explain((pending or rows)[0], cluster).lines():
+        print(line)
+    if pending:
+        _start_estimate(job)
+    return 0
+
+
+def _pending(reason: str) -> tuple[str, str, str]:
+    lowered = reason.strip("()").lower()
+    for prefix, whose, text, remedy in REASONS:
+        if lowered.startswith(prefix):
+            return whose, text, remedy
+    return (
+        "",
+        f"SLURM says {reason!r}, which these tools do not know",
+        "ask the cluster's staff what it means",
+    )
+
+
+def _quota(row: dict[str, str], request: Request, cluster: Cluster, remedy: str) -> tuple[str, str]:
+    """The figures of a per-user limit: asked, allowed, held now; and the flag that fits under it."""
+    name, job = row.get("Partition", "").split(",")[0], row.get("JobId", "")
+    if name not in cluster.partitions:
+        return "", "engaging plan shows your limits"
+    partition = cluster.partitions[name]
+    held = cluster.used(partition=name)
+    if "{gpus}" in remedy:
+        cap, qos = user_cap(cluster, partition, request)
+        if cap is None:
+            return "", "ask for fewer GPUs (engaging plan shows your limits)"
+        detail = (
+            f": it asks for {request.all_gpus}, {qos!r} allows {cap}, you hold {held['gres/gpu']} there now"
+        )
+        if request.all_gpus <= cap:
+            return detail, "wait until your other jobs end, or cancel one"
+        kind = f"{request.gpu_type}:" if request.gpu_type else ""
+        elsewhere = _elsewhere(cluster, request, name)
+        fits = max(1, cap // request.nodes)  # gres counts a node's
+        flag = f"scontrol update JobId={job} Gres=gpu:{kind}{fits}  (or --gpus {fits} when you launch it)"
+        if cap < request.nodes:
+            flag = f"scancel {job}, then again with --nodes={cap} at most"
+        return detail, flag + (f"; for {request.all_gpus} GPUs: {elsewhere}" if elsewhere else "")
+    key = "cpu" if "{cpus}" in remedy else "mem"
+    for qos in effective_qos(cluster, partition, request):
+        limit = qos.per_user.get(key) or qos.per_job.get(key)
+        if limit:
+            asked = request.cpus * request.nodes if key == "cpu" else (request.memory_mb or 0)
+            unit = "cores" if key == "cpu" else "MB"
+            detail = f": it asks for {asked} {unit}, {qos.name!r} allows {limit}"
+            if key == "cpu":
+                detail += f", you hold {held['cpu']} there now"
+            if asked <= limit:
+                return detail, "wait until your other jobs end, or cancel one"
+            flag = f"--cpus {limit // request.nodes}" if key == "cpu" else f"--mem {limit // request.nodes}M"
+            return detail, f"{flag} when you launch it"
+    return "", "ask for less (engaging plan shows your limits)"
+
+
+def _elsewhere(cluster: Cluster, request: Request, but: str) -> str:
+    for name in cluster.partitions:
+        if name != but and request.gpus and not refusals(cluster, request, name):
+            return f"--partition {name}"
+    return ""
+
+
+def _time_flag(job: str, partition: str, cluster: Cluster) -> str:
+    known = [cluster.partitions[p] for p in partition.split(",") if p in cluster.partitions]
+    limits = [p.max_minutes for p in known if p.max_minutes]
+    if not limits:
+        return "a shorter --time"
+    return f"scontrol update JobId={job} TimeLimit={clock(min(limits))}  (or --time {clock(min(limits))})"
+
+
+def _fits(row: dict[str, str], request: Request, cluster: Cluster) -> str:
+    name = row.get("Partition", "").split(",")[0]
+    if name not in cluster.partitions:
+        return "engaging plan shows what the partitions have"
+    for refusal in refusals(cluster, request, name):
+        return refusal.line()
+    most = largest_node(cluster, name, request.gpu_type)
+    return f"nodes of {name} have at most {most} GPUs; engaging plan shows the rest"
+
+
+def _failed(exit_code: str, text: str, remedy: str) -> tuple[str, str]:
+    return EXITS.get(exit_code.partition(":")[0], (text, remedy))
+
+
+def _running(row: dict[str, str]) -> str:
+    ran, limit = row.get("RunTime", "?"), row.get("TimeLimit", "?")
+    restarts = slurm._int(row.get("Restarts")) or 0
+    again = f", restarted {restarts} times" if restarts else ""
+    return f"it has run {ran} of {limit} on {row.get('NodeList') or '?'}{again}"
+
+
+def _start_estimate(job: str) -> None:
+    answer = slurm.ask(["squeue", "-h", "--start", f"--jobs={job}", "-o", "%S"])
+    for line in answer.out.splitlines():
+        try:
+            start = datetime.fromisoformat(line.strip())
+        except ValueError:
+            continue
+        wait = (start - datetime.now()).total_seconds() / 60
+        print(
+            f"  SLURM expects a start {'now' if wait < 1 else 'in ' + words(wait)} ({start:%a %d %b %H:%M})"
+        )
+        return
+    print("  SLURM names no expected start")
+
+
+def _from_accounting(job: str) -> list[dict[str, str]]:
+    answer = slurm.ask(
+        ["sacct", "-X", "--parsable2", "-j", job, "-o", "JobID,State,ExitCode,Partition,NodeList"]
+    )
+    return [
+        {
+            "JobId": row.get("JobID", job),
+            "JobState": row.get("State", ""),
+            "ExitCode": row.get("ExitCode", ""),
+        }
+        for row in slurm.table(answer.out)
+    ]
+
+
+def _job_id(text: str) -> str:
+    """A job id as it is, or the job of a launch by its name."""
+    if slurm.JOB_ID.fullmatch(text):
+        return text
+    from tools.launch import book
+    from tools.place import checkout
+
+    launch = book.find(checkout(), text)
+    if not launch.job_id:
+        raise UserError(f"{text}: has no SLURM job ({launch.state}); engaging status {text}")
+    return launch.job_id
+
+
+def _known(text: str | None) -> str | None:
+    return None if text in (None, "", "(null)", "N/A") else text

@@ -154,14 +154,43 @@ def cluster() -> Iterator[Cluster]:
     reason = packages.obstacle()
     if reason:
         pytest.skip(f"SLURM tests cannot run here: {reason}")
-    folder = Path(tempfile.mkdtemp(prefix="practice-", dir="/tmp"))  # short: unix sockets live below it
+    end_orphans()
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))  # short: unix sockets live below it
     folder.chmod(0o755)
+    owner(folder).write_text(identity(os.getpid()))
     try:
         practice.up(folder, TEST_TIMERS)
         yield Cluster(folder)
     finally:
         practice.down(folder, delete=True)
         shutil.rmtree(folder, ignore_errors=True)
+        owner(folder).unlink(missing_ok=True)
+
+
+PREFIX = "practice-tests-"
+
+
+def owner(folder: Path) -> Path:
+    """The file that says which process a test cluster belongs to."""
+    return folder.with_name(f"{folder.name}.owner")
+
+
+def identity(pid: int) -> str:
+    """A process's number and the moment it started: numbers are used again."""
+    try:
+        return f"{pid} " + Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return f"{pid} gone"
+
+
+def end_orphans() -> None:
+    """Clusters of test runs that were killed: their daemons run on. Never one whose owner lives."""
+    for file in Path("/tmp").glob(f"{PREFIX}*.owner"):
+        text = file.read_text()
+        if text and identity(int(text.split()[0])) != text:
+            practice.down(file.with_suffix(""), delete=True)
+            shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+            file.unlink(missing_ok=True)
 
 
 class Project:

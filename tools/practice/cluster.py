@@ -27,6 +27,7 @@ from tools.practice.processes import (
     command_name,
     descendants,
     end,
+    has_environment,
     poll,
     read_pid,
     wait_until,
@@ -37,6 +38,9 @@ from tools.practice.shape import ACCOUNT, CLUSTER, NODES, PARTITIONS
 LONGEST_FOLDER = 60  # a unix socket's path must stay under 108 characters
 DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld")
 MARK = "PRACTICE_CLUSTER_DAEMON_OF"
+LOCK_SECONDS = 180
+# What an enclosing job or another cluster has set would confuse this cluster's daemons and commands.
+FOREIGN = ("SLURM", "SBATCH_", "SALLOC_", "SINFO_", "SQUEUE_", "SACCT", "SCONTROL_", "MYSQL_", "MARIADB_")
 HERE = Path(__file__).resolve().parent
 
 
@@ -56,12 +60,21 @@ def up(folder: Path, options: Options | None = None) -> bool:
         if _everything(folder):
             print(f"practice cluster in {folder}: half of it is dead; starting it again", file=sys.stderr)
             _stop(folder)
-        try:
-            _start(folder, options)
-        except BaseException:
-            _stop(folder)
-            raise
-    return True
+        for last in (False, False, True):
+            try:
+                _start(folder, options)
+                return True
+            except BaseException as error:
+                _stop(folder)
+                if last or not (isinstance(error, CommandError) and _a_port_was_taken(folder)):
+                    raise
+                (folder / "etc" / "port").unlink(missing_ok=True)  # by another program, since it was free
+    raise AssertionError("unreachable")
+
+
+def _a_port_was_taken(folder: Path) -> bool:
+    logs = [path.read_text(errors="replace") for path in (folder / "log").glob("slurm*.log")]
+    return any(said in text for text in logs for said in ("Address already in use", "Unable to bind"))
 
 
 def down(folder: Path, *, delete: bool = False) -> bool:
@@ -80,7 +93,7 @@ def down(folder: Path, *, delete: bool = False) -> bool:
 def status(folder: Path) -> dict[str, object]:
     """{"running": bool, "alive": {daemon or node: process id}, "missing": [names]} of a folder's cluster."""
     folder = Path(folder).resolve()
-    pids = {name: read_pid(folder / "run" / f"{name}.pid") for name in DAEMONS}
+    pids = {name: _daemon(folder, name) for name in DAEMONS}
     pids |= {node.name: node_init(folder, node.name) for node in NODES}
     missing = [name for name, pid in pids.items() if pid is None]
     ping = not missing and _call(folder, ["scontrol", "ping"], check=False).returncode == 0
@@ -89,9 +102,15 @@ def status(folder: Path) -> dict[str, object]:
 
 def node_init(folder: Path, name: str) -> int | None:
     """The first process of a node (as this machine counts), below which all of the node's processes live."""
-    outer = read_pid(folder / "run" / f"node-{name}.pid")
-    below = children(outer) if outer and command_name(outer) == "unshare" else []
+    outer = _daemon(folder, f"node-{name}")
+    below = children(outer) if outer else []
     return below[0] if below else None
+
+
+def _daemon(folder: Path, name: str) -> int | None:
+    """The live process of a PID file, if it is this cluster's: numbers are used again."""
+    pid = read_pid(folder / "run" / f"{name}.pid")
+    return pid if pid and has_environment(pid, f"{MARK}={folder}") else None
 
 
 def start_node(folder: Path, name: str) -> None:
@@ -110,7 +129,7 @@ def start_node(folder: Path, name: str) -> None:
 def stop_node(folder: Path, name: str) -> None:
     """Pull the node's plug: all of its processes die at once, and nobody is told."""
     folder = Path(folder).resolve()
-    outer, first = read_pid(folder / "run" / f"node-{name}.pid"), node_init(folder, name)
+    outer, first = _daemon(folder, f"node-{name}"), node_init(folder, name)
     inner = descendants(first) if first else []
     end([pid for pid in (first, outer) if pid], 10, signal.SIGKILL)
     poll(lambda: not any(map(alive, inner)), 10)
@@ -135,8 +154,8 @@ def start_slurmd(folder: Path, name: str) -> None:
 
 def kill_controller(folder: Path) -> None:
     """Kill slurmctld without a word, as a crash does."""
-    pid = read_pid(Path(folder).resolve() / "run" / "slurmctld.pid")
-    if pid and command_name(pid) == "slurmctld":
+    pid = _daemon(Path(folder).resolve(), "slurmctld")
+    if pid:
         end([pid], 5, signal.SIGKILL)
 
 
@@ -183,7 +202,7 @@ def _prepare_folder(folder: Path) -> Path:
     for name, mode in (("", 0o755), ("etc", 0o755), ("run", 0o755), ("log", 0o755), ("dev", 0o755)):
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name).chmod(mode)
-    for name in ("state", "spool", "db", "tmp", "sql"):
+    for name in ("state", "spool", "tmp", "sql"):
         (folder / name).mkdir(exist_ok=True)
         (folder / name).chmod(0o755 if name == "spool" else 0o700)  # jobs' scripts run from spool
     (folder / ".practice").touch()
@@ -192,11 +211,15 @@ def _prepare_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    with (folder / ".practice").open("a") as file:
-        try:
+    def free() -> bool:
+        with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CommandError(f"{folder}: another start or stop is at work there; wait for it") from None
+            return True
+        return False
+
+    with (folder / ".practice").open("a") as file:
+        if not poll(free, LOCK_SECONDS):
+            raise CommandError(f"{folder}: another start or stop has been at work there for {LOCK_SECONDS} s")
         yield
 
 
@@ -218,7 +241,7 @@ def _start(folder: Path, options: Options) -> None:
     if fresh:
         _set_limits(folder)  # only now: slurmdbd knows gres/gpu from slurmctld's first start on
         (folder / "state" / ".accounts").touch()
-    wait_until("the nodes", lambda: _nodes_ready(folder), 60, folder / "log")
+    wait_until("the nodes", lambda: _nodes_ready(folder), 120, folder / "log")
 
 
 def _write_files(folder: Path, options: Options) -> None:
@@ -264,7 +287,14 @@ def _start_munge(folder: Path) -> None:
     if not key.exists():
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
-    command = ["munged", f"--key-file={key}", f"--socket={run}/munge.sock", f"--pid-file={run}/munged.pid"]
+    # --force: else it refuses a folder below one that others cannot enter, or may write to
+    command = [
+        "munged",
+        "--force",
+        f"--key-file={key}",
+        f"--socket={run}/munge.sock",
+        f"--pid-file={run}/munged.pid",
+    ]
     _call(
         folder, [*command, f"--log-file={folder}/log/munged.log", f"--seed-file={folder}/state/munged.seed"]
     )
@@ -275,23 +305,21 @@ def _start_database(folder: Path) -> None:
         folder / "db",
         folder / "sql" / "my.sock",
     )  # the socket's folder is closed: it takes no password
-    small = [
-        "--innodb-log-file-size=8M",
-        "--innodb-flush-log-at-trx-commit=0",
-        "--innodb-flush-method=nosync",
-    ]
-    common = ["--no-defaults", "--user=root", f"--datadir={data}", *small]
-    if not (data / "mysql").is_dir():
-        install = [
-            "mariadb-install-db",
-            *common,
-            "--skip-test-db",
-            "--auth-root-authentication-method=normal",
-        ]
-        _call(folder, install, timeout=120)
+    # No fsync: it survives the death of every process, and a busy disk hardly delays the start.
+    small = ["--innodb-log-file-size=8M", "--innodb-flush-method=nosync", "--debug-no-sync"]
+    small += ["--innodb-flush-log-at-trx-commit=2"]
+    common = ["--no-defaults", "--user=root", *small]
+    if not (data / "mysql").is_dir():  # made aside and moved: a start killed in the middle leaves no half one
+        fresh = folder / "db.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        install = ["mariadb-install-db", *common, f"--datadir={fresh}", "--force", "--skip-test-db"]
+        _call(folder, [*install, "--auth-root-authentication-method=normal"], timeout=120)
+        shutil.rmtree(data, ignore_errors=True)
+        fresh.rename(data)
     server = [
         "mariadbd",
         *common,
+        f"--datadir={data}",
         f"--socket={sock}",
         f"--pid-file={folder}/run/mariadbd.pid",
         "--skip-networking",
@@ -303,9 +331,16 @@ def _start_database(folder: Path) -> None:
 
 
 def _add_accounts(folder: Path) -> None:
-    _manager(folder, "add", "cluster", CLUSTER)
-    _manager(folder, "add", "account", ACCOUNT, "Description=practice", "Organization=practice")
-    _manager(folder, "add", "qos", ",".join(part.name for part in PARTITIONS if part.limits))
+    """Each may be there already, from a start that was killed: what counts is what is there afterwards."""
+    limited = [part.name for part in PARTITIONS if part.limits]
+    _manager(folder, "add", "cluster", CLUSTER, check=False)
+    _manager(folder, "add", "account", ACCOUNT, "Description=practice", "Organization=practice", check=False)
+    _manager(folder, "add", "qos", ",".join(limited), check=False)
+    shown = _call(folder, ["sacctmgr", "-nP", "show", "qos", "format=Name"]).stdout.split()
+    shown += _call(folder, ["sacctmgr", "-nP", "show", "account", "format=Account"]).stdout.split()
+    lacking = {ACCOUNT, *limited} - set(shown)
+    if lacking:
+        raise CommandError(f"sacctmgr could not make {', '.join(sorted(lacking))}; see {folder}/log")
 
 
 def _add_users(folder: Path, users: tuple[str, ...]) -> None:
@@ -331,14 +366,13 @@ def _nodes_ready(folder: Path) -> bool:
 
 
 def _stop(folder: Path) -> None:
-    ours = read_pid(folder / "run" / "slurmctld.pid")
-    if ours and command_name(ours) == "slurmctld":
+    if _daemon(folder, "slurmctld"):
         _cancel_jobs(folder)
     for node in NODES:
         stop_node(folder, node.name)
     for name in reversed(DAEMONS):
-        pid = read_pid(folder / "run" / f"{name}.pid")
-        if pid and command_name(pid) == name:
+        pid = _daemon(folder, name)
+        if pid:
             end([pid], 20)
     end(_everything(folder), 3)  # whatever lost its PID file
     for file in (folder / "run").glob("*"):
@@ -364,13 +398,13 @@ def _manager(folder: Path, *words: str, check: bool = True) -> None:
 
 
 def _wait_for_command(folder: Path, what: str, command: list[str]) -> None:
-    wait_until(what, lambda: _call(folder, command, check=False).returncode == 0, 60, folder / "log")
+    wait_until(what, lambda: _call(folder, command, check=False).returncode == 0, 120, folder / "log")
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """A clean one: what an enclosing SLURM job set would confuse this cluster's daemons."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
-    return {**kept, **environment(folder), MARK: str(folder)}
+    """A clean one. TMPDIR: a starting MariaDB deletes the temporary tables of every other that shares it."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+    return {**kept, **environment(folder), MARK: str(folder), "TMPDIR": f"{folder}/tmp", "LC_ALL": "C"}
 
 
 def _call(

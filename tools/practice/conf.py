@@ -23,7 +23,7 @@ def slurm_conf(folder: Path, port: int, options: Options) -> str:
     run = folder / "run"
     lines = [
         f"ClusterName={CLUSTER}",
-        "SlurmctldHost=localhost",
+        "SlurmctldHost=localhost(127.0.0.1)",
         "SlurmUser=root",
         "SlurmdUser=root",
         "AuthType=auth/munge",
@@ -64,7 +64,7 @@ def slurm_conf(folder: Path, port: int, options: Options) -> str:
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
         "AccountingStorageType=accounting_storage/slurmdbd",
-        "AccountingStorageHost=localhost",
+        "AccountingStorageHost=127.0.0.1",
         # Without it connections to slurmdbd use the system's munge socket, whatever AuthInfo says.
         f"AccountingStoragePass={run}/munge.sock",
         f"AccountingStoragePort={port + 1}",
@@ -105,6 +105,7 @@ def slurmdbd_conf(folder: Path, port: int) -> str:
     return f"""AuthType=auth/munge
 AuthInfo=socket={folder}/run/munge.sock
 DbdHost=localhost
+DbdAddr=127.0.0.1
 DbdPort={port + 1}
 SlurmUser=root
 PidFile={folder}/run/slurmdbd.pid

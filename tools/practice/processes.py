@@ -56,16 +56,18 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def has_environment(pid: int, line: str) -> bool:
+    """True for a live process whose environment holds exactly `NAME=value`."""
+    try:
+        return line.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") and alive(pid)
+    except OSError:
+        return False
+
+
 def with_environment(line: str) -> list[int]:
     """Every live process whose environment holds exactly `NAME=value`."""
-    wanted = line.encode()
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                if wanted in (folder / "environ").read_bytes().split(b"\0") and alive(int(folder.name)):
-                    found.append(int(folder.name))
-    return found
+    numbers = (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit())
+    return [pid for pid in numbers if has_environment(pid, line)]
 
 
 def end(pids: list[int], seconds: float, first: signal.Signals = signal.SIGTERM) -> None:

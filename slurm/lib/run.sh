@@ -60,6 +60,7 @@ run_node() { # FOLDER NODES NODE HEAD: the ranks of this node; FOLDER is shared 
     set_threads "$gpus"
     set_caches
     mkdir -p "$folder"
+    echo $((gpus * nodes)) >"$folder/ranks"
     if [ $((gpus * nodes)) -eq 1 ]; then
         exec python "$ROOT/slurm/lib/rank.py" "$folder" "$trainer" ${words[@]+"${words[@]}"}
     fi
@@ -183,6 +184,8 @@ outcome_of() { # FOLDER STATUS: what the trainer meant, from its ranks' notes, e
     out_dir=$(flag_value out_dir)
     if [ -n "$code" ]; then
         echo "$code"
+    elif [ "$(grep -cx 0 <<<"$codes")" = "$(cat "$1/ranks" 2>/dev/null)" ]; then
+        echo 0 # a signal that came after the last step ended torchrun, and nothing else
     elif [ "$2" -ne 0 ] && [ -n "$out_dir" ] &&
         tail -n 1 "$out_dir/metrics.jsonl" 2>/dev/null | grep -q '"status": *"interrupted"'; then
         echo "$EXIT_INTERRUPTED"
@@ -306,15 +309,15 @@ requeue_or_explain() { # HOW the trainer ended (default: saved); the job starts 
         say "--- $how; scontrol is not on PATH, so the job cannot requeue itself: $again"
         return
     fi
+    say "--- $how; job $name requeues itself and will go on" # before: SLURM may end this shell before scontrol returns
     for _ in 1 2 3 4 5 6; do # the controller may be away for a moment
         if scontrol requeue "$name"; then
-            say "--- $how; job $name is requeued and will go on"
             sleep 60 # SLURM ends this shell now; ending by itself it would look like a finished job
             return
         fi
         sleep 5
     done
-    say "--- $how; job $name could not be requeued: $again"
+    say "--- job $name could not be requeued: $again"
 }
 
 run_here() { # without SLURM: once, on this machine; the folder is closed to others

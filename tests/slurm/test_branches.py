@@ -242,6 +242,26 @@ dist.destroy_process_group()
     assert all(address.startswith("0100007F:") for address in listeners), listeners
 
 
+@pytest.mark.parametrize(("ranks_that_finished", "status"), [(2, 0), (1, 138)])
+def test_a_signal_after_the_last_step_does_not_undo_a_finished_run(tmp_path, ranks_that_finished, status):
+    """torchrun dies of it while its ranks end well: such a job was requeued, to find that it had nothing to do."""
+    source = tmp_path / "site" / "torch" / "distributed"
+    source.mkdir(parents=True)
+    (source.parent / "__init__.py").touch()
+    (source / "run.py").write_text(f"""
+import pathlib, sys
+class SignalException(Exception):
+    sigval = 10
+folder = pathlib.Path(sys.argv[next(n for n, word in enumerate(sys.argv) if word.endswith("rank.py")) + 1])
+for rank in range({ranks_that_finished}):
+    (folder / f"rank-{{rank}}").write_text("0\\n")
+raise SignalException
+""")
+    (source / "__init__.py").write_text("import time\nTCPStore = lambda *a, **k: time.sleep(99)\n")
+    done = bash(RUN, "--gpus=2", STANDIN, env={"PYTHONPATH": str(tmp_path / "site")})
+    assert done.returncode == status, done.stderr
+
+
 @pytest.mark.parametrize("torch_has_flags", [True, False])
 def test_torchruns_flags_are_used_where_it_has_them(tmp_path, torch_has_flags):
     """torch 2.11 knows neither --shutdown-timeout nor --signals-to-handle: a stand-in for its source says so."""

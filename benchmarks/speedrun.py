@@ -66,7 +66,7 @@ def command_of(options: Options, seed: int, folder: Path) -> list[str]:
     return [
         sys.executable, *(launcher if options.gpus > 1 else []), "-m", "modded_nanogpt.train_gpt",
         f"--dataset={Path(options.dataset).resolve()}", f"--out_dir={folder}", f"--seed={seed}", f"--steps={STEPS}",
-        f"--extension_steps={EXTENSION}", f"--eval_tokens={VAL_TOKENS}", "--repeat_data=true", "--save_minutes=0",
+        f"--extension_steps={EXTENSION}", f"--eval_tokens={VAL_TOKENS}", "--data_passes=9", "--save_minutes=0",
         "--eval_interval=35", "--overwrite=true", *shlex.split(options.flags),
     ]  # fmt: skip
 

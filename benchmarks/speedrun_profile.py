@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     from nanogpt.common import ranks as ranks_module
     from nanogpt.common import training
 
-    words = [f"--dataset={Path(options.dataset).resolve()}", "--steps=105", "--extension_steps=6", "--repeat_data=true",
+    words = [f"--dataset={Path(options.dataset).resolve()}", "--steps=105", "--extension_steps=6", "--data_passes=9",
              "--eval_tokens=262144", *shlex.split(options.flags)]  # fmt: skip
     config = Config(**parse_values(Config, words, prog="trainer", description="", presets=PRESETS))
     ranks = ranks_module.start("cuda", "auto")

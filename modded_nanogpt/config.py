@@ -1,7 +1,7 @@
 """Every knob of the speedrun trainer, and what follows from them.
 
 argv -> preset -> `Config` (frozen) -> `resolve(world_size)` -> `Plan`, which is printed and logged. Standard library
-only. Sizes and stages are data by track (`layer_plan.SIZES`, `schedule.STAGES`); each technique of the record is one
+only. Sizes and stages are data by recipe (`layer_plan.SIZES`, `schedule.STAGES`); each technique of the record is one
 switch here, true in the record. A technique that another one carries goes with it: without `bigram` there are no
 signs either, without `short_documents` the first stage's documents are as long as the others'.
 """
@@ -49,17 +49,18 @@ class Config:
     accept_changed: str = knob("", "resume although these changed: any of code,config,data,torch")
     check: bool = knob(False, "check everything that needs no GPU, print the plan and stop")
     # What is trained, and how long.
-    track: str = knob("track1", "sizes and stages: track1 (to 3.28), medium (to 2.92), or small ones for CPUs",
+    recipe: str = knob("record", "model, stages and target: record (to 3.28), medium (to 2.92), or tiny ones for CPUs",
                       choices=tuple(layer_plan.SIZES))  # fmt: skip
-    steps: int = knob(0, "scheduled steps; 0: the track's own number", low=0, high=10**7)
+    steps: int = knob(0, "scheduled steps; 0: the recipe's own number", low=0, high=10**7)
     extension_steps: int = knob(
-        -1, "steps after them at the last learning rate; -1: the track's", low=-1, high=10**7
+        -1, "steps after them at the last learning rate; -1: the recipe's", low=-1, high=10**7
     )
     lanes: int = knob(
         0, "micro-batches in one step over all GPUs; 0: 8; 16 or 32 need less memory", low=0, high=64
     )
     vocab_size: int = knob(0, "token ids are below this; 0: GPT-2's 50,257", low=0, high=65_536)
-    repeat_data: bool = knob(False, "begin at the first shard again when the training data is used up")
+    data_passes: int = knob(1, "how often the training data may be gone through; a record reads it once", low=1,
+                            high=10**6)  # fmt: skip
     seed: int = knob(1337, "of the weights", low=0, high=(1 << 31) - 1)
     # Optimizers.
     muon_lr: float = knob(0.023, "base learning rate of Muon", low=0.0, high=1e3)
@@ -107,7 +108,7 @@ class Config:
     eval_interval: int = knob(250, "steps between validations", low=1, high=10**9)
     eval_tokens: int = knob(10_485_760, "validation tokens, from the first on", low=1, high=1 << 40)
     eval_slice: int = knob(262_144, "tokens that are evaluated as one sequence", low=16, high=1 << 22)
-    target_loss: float = knob(0.0, "what the run is to reach; 0: the track's target", low=0.0, high=100.0)
+    target_loss: float = knob(0.0, "what the run is to reach; 0: the recipe's target", low=0.0, high=100.0)
     log_interval: int = knob(1, "steps between log lines", low=1, high=10**9)
     save_interval: int = knob(0, "steps between checkpoints; 0: none but by the clock", low=0, high=10**9)
     save_minutes: float = knob(
@@ -182,8 +183,8 @@ class Plan:
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         sizes = " / ".join(f"{size:,}" for size in dict.fromkeys(self.lane_tokens))
         return (
-            f"{config.track}: {self.total_steps:,} steps, {self.total_tokens / 1e6:,.1f} M tokens; a step is {ranks} x "
-            f"{self.micro_steps} micro-steps x {sizes} tokens; validation on {config.eval_tokens:,} tokens in "
+            f"{config.recipe}: {self.total_steps:,} steps, {self.total_tokens / 1e6:,.1f} M tokens; a step is {ranks} "
+            f"x {self.micro_steps} micro-steps x {sizes} tokens; validation on {config.eval_tokens:,} tokens in "
             f"{self.eval_slices} slices"
         )
 
@@ -207,7 +208,7 @@ def resolve(config: Config, world_size: int) -> Plan:
         total_steps=schedule.total_steps(config),
         total_tokens=sum((stage.end - stage.start) * stage.batch_tokens for stage in stages),
         eval_slices=-(-config.eval_tokens // config.eval_slice),
-        target_loss=config.target_loss or schedule.STAGES[config.track].target_loss,
+        target_loss=config.target_loss or schedule.STAGES[config.recipe].target_loss,
     )
 
 
@@ -254,18 +255,17 @@ def _check_techniques(config: Config) -> None:
 
 
 def _check_steps(config: Config) -> None:
-    track = schedule.STAGES[config.track]
-    least = len(track.stages)
+    least = len(schedule.STAGES[config.recipe].stages)
     if schedule.scheduled_steps(config) < least:
         raise UserError(
-            f"--steps={config.steps}: fewer than the {least} stages of --track={config.track}; --steps={least} is the "
-            "least"
+            f"--steps={config.steps}: fewer than the {least} stages of --recipe={config.recipe}; --steps={least} is "
+            "the least"
         )
 
 
 def _check_lanes(config: Config) -> None:
     """Every stage's batch must divide into lanes of a size that the kernels take."""
-    lanes, multiple = lane_count(config), 16 if config.track in layer_plan.CPU_TRACKS else 128
+    lanes, multiple = lane_count(config), 16 if config.recipe in layer_plan.CPU_RECIPES else 128
     for stage in schedule.stages(config):
         if stage.batch_tokens % (lanes * multiple):
             raise UserError(

@@ -146,7 +146,7 @@ class _Walk:
         self._piece = max(stage.max_document for stage in schedule.stages(config))
         self.shards = token_set.shards_train
         self.documents: dict[int, Documents] = {}
-        self.index, self.cursor, self.passed = 0, 0, 0
+        self.index, self.cursor, self.passed, self.passes = 0, 0, 0, 1
         self._ends, self._ends_of = np.empty(0), (-1, -1)
         self._pool = ThreadPoolExecutor(READ_AHEAD)
         self._waiting: deque[Future] = deque()
@@ -168,10 +168,10 @@ class _Walk:
         tried = 0
         while (bounds := self._bounds(lanes, need, limit)) is None:
             tried += 1
-            if tried > len(self.shards) or (
-                self.index + 1 == len(self.shards) and not self.config.repeat_data
-            ):
+            at_end = self.index + 1 == len(self.shards)
+            if tried > len(self.shards) or (at_end and self.passes == self.config.data_passes):
                 raise self._too_short(step, lanes * need)
+            self.passes += at_end
             self.passed += self.documents[self.index].num_tokens
             self.index = (self.index + 1) % len(self.shards)
             self._open()
@@ -219,5 +219,5 @@ class _Walk:
         return UserError(
             f"{found.folder}: {len(names)} training file{'s' * (len(names) > 1)} ({named}) with {there:,} tokens last "
             f"for {step:,} of {total:,} steps, about {needed:,} tokens are needed; {more}, or train fewer --steps, or "
-            "pass --repeat_data=true"
+            f"pass --data_passes={max(config.data_passes + 1, -(-needed // max(there, 1)))}"
         )

@@ -1,6 +1,6 @@
 """Which layer has what: the only place with layer numbers in it.
 
-A track's map is a table of rows; `layers(config)` returns it with the techniques that the config switches off taken
+A recipe's map is a table of rows; `layers(config)` returns it with the techniques that the config switches off taken
 out. What the model and the optimizer need besides (how many attention layers, which gates in which order, which
 residuals are kept for later layers) is derived from that.
 """
@@ -37,21 +37,21 @@ class Size:
     value_tables: int = 5
     # Channels that the sigmoid gates (smear, value embeddings; medium: all of them) look at.
     gate_dims: int = 12
-    # The track whose model this is in another size: its layers, forward pass and optimizer rows.
-    make: str = "track1"
+    # The recipe whose model this is in another size: its layers, forward pass and optimizer rows.
+    make: str = "record"
 
 
 SIZES: dict[str, Size] = {
-    "track1": Size(11, 768, 6, 128, 3072, bigram_rows=377_280, sign_rows=8192),
+    "record": Size(11, 768, 6, 128, 3072, bigram_rows=377_280, sign_rows=8192),
     "medium": Size(16, 1024, 8, 128, 4096, gate_dims=16, make="medium"),
-    "small": Size(11, 96, 6, 16, 384, bigram_rows=4096, sign_rows=64),
-    "small_medium": Size(16, 64, 4, 16, 256, gate_dims=16, make="medium"),
+    "tiny": Size(11, 96, 6, 16, 384, bigram_rows=4096, sign_rows=64),
+    "tiny_medium": Size(16, 64, 4, 16, 256, gate_dims=16, make="medium"),
 }
-CPU_TRACKS = ("small", "small_medium")  # small enough to train without a GPU
+CPU_RECIPES = ("tiny", "tiny_medium")  # small enough to train without a GPU
 
 # Techniques that a make has no place for; its preset switches them off, and switching one on is refused.
 LACKS: dict[str, tuple[str, ...]] = {
-    "track1": (),
+    "record": (),
     "medium": ("paired_heads", "bigram", "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa", "dc",
                "attention_at_6"),
 }  # fmt: skip
@@ -93,7 +93,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class _Map:
-    """A track's layers as a table."""
+    """A recipe's layers as a table."""
 
     long: tuple[int, ...]
     without_attention: tuple[int, ...] = ()
@@ -112,7 +112,7 @@ class _Map:
 
 
 _MAPS: dict[str, _Map] = {  # by make
-    "track1": _Map(
+    "record": _Map(
         long=(3, 10),
         without_attention=(6,),
         paired=(0, 2, 5, 9),
@@ -137,8 +137,8 @@ _MAPS: dict[str, _Map] = {  # by make
 
 
 def size(config: "Config") -> Size:
-    """The sizes of the config's model: its track's, with the vocabulary of `--vocab_size` where that is set."""
-    found = SIZES[config.track]
+    """The sizes of the config's model: its recipe's, with the vocabulary of `--vocab_size` where that is set."""
+    found = SIZES[config.recipe]
     if not config.vocab_size:
         return found
     padded = math.ceil(config.vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -150,7 +150,7 @@ def layers(config: "Config") -> tuple[Layer, ...]:
     table = _map(config)
     found: list[Layer] = []
     banks = 0
-    for index in range(SIZES[config.track].layers):
+    for index in range(SIZES[config.recipe].layers):
         attention = index not in table.without_attention or config.attention_at_6
         layer = _layer(table, config, index, banks) if attention else Layer(
             index, attention=False, inject=False, skip_from=_skip_into(table, config, index)
@@ -187,22 +187,22 @@ def attention_layers(config: "Config") -> tuple[int, ...]:
 
 
 def check(config: "Config") -> None:
-    """UserError for a technique that the track has no place for."""
-    for name in LACKS[SIZES[config.track].make]:
+    """UserError for a technique that the recipe has no place for."""
+    for name in LACKS[SIZES[config.recipe].make]:
         if getattr(config, name):
             raise UserError(
-                f"--{name}=true: --track={config.track} has no place for it; --{name}=false, or start from the "
-                f"preset {SIZES[config.track].make}"
+                f"--{name}=true: --recipe={config.recipe} has no place for it; --{name}=false, or start from the "
+                f"preset {SIZES[config.recipe].make}"
             )
 
 
 def gates(config: "Config") -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:
-    """The outputs of the two gate networks in the order of their columns: 26 and 41 on track 1.
+    """The outputs of the two gate networks in the order of their columns: 26 and 41 in the record.
 
     Without `input_gates` the same entries are learned numbers, laid out the same way, the first network's first. The
-    medium track has none: its gates are sigmoids of a few channels.
+    medium model has none: its gates are sigmoids of a few channels.
     """
-    if SIZES[config.track].make == "medium":
+    if SIZES[config.recipe].make == "medium":
         return (), ()
     plan, heads = layers(config), size(config).heads
     tiers: tuple[list[Gate], list[Gate]] = ([], [])
@@ -259,7 +259,7 @@ MUDD_OUTPUTS: tuple[tuple[tuple[str, float], ...], ...] = (
 
 
 def _map(config: "Config") -> _Map:
-    return _MAPS[SIZES[config.track].make]
+    return _MAPS[SIZES[config.recipe].make]
 
 
 def _layer(table: _Map, config: "Config", index: int, bank: int) -> Layer:

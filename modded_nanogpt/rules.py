@@ -26,7 +26,7 @@ RECORD_CURVE = (
 
 def record_loss(config: Config, step: int) -> float | None:
     """The record's loss at the same part of its run, linear between logged points; None where it says nothing."""
-    if config.track != "track1" or config.dataset != "fineweb10B":
+    if config.recipe != "record" or config.dataset != "fineweb10B":
         return None
     place = step / schedule.total_steps(config) * RECORD_STEPS
     index = bisect.bisect_right([point for point, _ in RECORD_CURVE], place)
@@ -41,16 +41,16 @@ def reasons_against(
 ) -> list[str]:
     """Why the run is not eligible for a record, one phrase each; empty when it is."""
     found = []
-    if config.track not in ("track1", "medium"):
-        found.append(f"track {config.track} has no record")
+    if config.recipe not in ("record", "medium"):
+        found.append(f"the recipe {config.recipe} has no record")
     if config.dataset not in DATASETS:
         found.append(f"the data set is {config.dataset}, not FineWeb")
     elif not has_manifest:
         found.append("the data set has no manifest, so its tokens cannot be told from others")
     if val_tokens != VAL_TOKENS or config.eval_tokens != VAL_TOKENS:
         found.append(f"validated on {val_tokens:,} tokens, not on {VAL_TOKENS:,}")
-    if config.repeat_data:
-        found.append("--repeat_data=true: training data was used more than once")
+    if config.data_passes > 1:
+        found.append(f"--data_passes={config.data_passes}: training data may have been used more than once")
     if resumed:
         found.append("the run was interrupted and resumed, so its time leaves out what was lost")
     if plan.target_loss and not val_loss <= plan.target_loss:

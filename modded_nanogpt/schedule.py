@@ -44,8 +44,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Track:
-    """The schedule of a track before its length is known."""
+class Recipe:
+    """The schedule of a recipe before its length is known."""
 
     steps: int  # scheduled ones
     extension_steps: int
@@ -67,7 +67,7 @@ def _blocks(
 
 def _medium(
     steps: int, extension_steps: int, batch: int, document: int, block: int, target_loss: float
-) -> Track:
+) -> Recipe:
     """Twelve stages: the batch (tokens of the first) grows in three, the long window (in blocks) until the ninth."""
     long = [3, 7, 11, 13, 15, 17, 19, 21, 23, 23, 23, 23]
     size = [batch, 2 * batch, 3 * batch, *[4 * batch] * 9]
@@ -79,7 +79,7 @@ def _medium(
         )
         for k in range(12)
     )
-    return Track(
+    return Recipe(
         steps=steps,
         extension_steps=extension_steps,
         stages=stages,
@@ -93,8 +93,8 @@ def _medium(
     )
 
 
-STAGES: dict[str, Track] = {
-    "track1": Track(
+STAGES: dict[str, Recipe] = {
+    "record": Recipe(
         steps=1270,
         extension_steps=15,
         stages=(
@@ -110,7 +110,7 @@ STAGES: dict[str, Track] = {
         target_loss=3.28,
     ),
     "medium": _medium(4700, 40, batch=131_072, document=4096, block=BLOCK, target_loss=2.92),
-    "small": Track(
+    "tiny": Recipe(
         steps=48,
         extension_steps=3,
         stages=(
@@ -125,7 +125,7 @@ STAGES: dict[str, Track] = {
         yarn_limit=64,
         target_loss=0.0,
     ),
-    "small_medium": _medium(48, 3, batch=1024, document=256, block=8, target_loss=0.0),
+    "tiny_medium": _medium(48, 3, batch=1024, document=256, block=8, target_loss=0.0),
 }
 
 
@@ -152,24 +152,24 @@ class StepPlan:
 
 def scheduled_steps(config: "Config") -> int:
     """Steps without the extension."""
-    return config.steps or STAGES[config.track].steps
+    return config.steps or STAGES[config.recipe].steps
 
 
 def total_steps(config: "Config") -> int:
     """Optimizer steps of the whole run; the last validation comes after them."""
     extension = config.extension_steps
-    return scheduled_steps(config) + (STAGES[config.track].extension_steps if extension < 0 else extension)
+    return scheduled_steps(config) + (STAGES[config.recipe].extension_steps if extension < 0 else extension)
 
 
 def stages(config: "Config") -> tuple[Stage, ...]:
     """The stages with their steps, the extension last (left out when it has no steps)."""
-    track, steps = STAGES[config.track], scheduled_steps(config)
-    count = len(track.stages)
-    ends = [_boundary(track, steps, k) for k in range(count + 1)]
-    found = [replace(stage, start=ends[k], end=ends[k + 1]) for k, stage in enumerate(track.stages)]
+    recipe, steps = STAGES[config.recipe], scheduled_steps(config)
+    count = len(recipe.stages)
+    ends = [_boundary(recipe, steps, k) for k in range(count + 1)]
+    found = [replace(stage, start=ends[k], end=ends[k + 1]) for k, stage in enumerate(recipe.stages)]
     if total_steps(config) > steps:
-        found.append(replace(track.extension, start=steps, end=total_steps(config)))
-    return tuple(_without_techniques(stage, track, config) for stage in found)
+        found.append(replace(recipe.extension, start=steps, end=total_steps(config)))
+    return tuple(_without_techniques(stage, recipe, config) for stage in found)
 
 
 def at(config: "Config", step: int) -> StepPlan:
@@ -228,8 +228,8 @@ def untying_step(config: "Config") -> int | None:
     """The first Adam step at or after the boundary where the embedding leaves the head; None when it never does."""
     if config.embedding != "tied_then_untied":
         return None
-    track = STAGES[config.track]
-    step = _boundary(track, scheduled_steps(config), track.untie_after)
+    recipe = STAGES[config.recipe]
+    step = _boundary(recipe, scheduled_steps(config), recipe.untie_after)
     return step + (config.adam_every - 1 - step) % config.adam_every
 
 
@@ -237,7 +237,7 @@ def yarn_windows(config: "Config", step: int) -> tuple[int, ...]:
     """The long windows up to `step`, each once, that the rotary frequencies went through: a YaRN update lies
     between two neighbours. One window only without YaRN, or when the windows do not change.
     """
-    limit = STAGES[config.track].yarn_limit
+    limit = STAGES[config.recipe].yarn_limit
     seen: list[int] = []
     for stage in stages(config):
         moves = config.yarn and stage.long_window <= limit and stage.long_window != (seen or [0])[-1]
@@ -248,30 +248,30 @@ def yarn_windows(config: "Config", step: int) -> tuple[int, ...]:
 
 def final_window(config: "Config") -> tuple[int, int]:
     """Short and long window, in tokens, of the validation after the last step. No YaRN update belongs to it."""
-    return STAGES[config.track].final_window
+    return STAGES[config.recipe].final_window
 
 
-def _boundary(track: Track, steps: int, k: int) -> int:
+def _boundary(recipe: Recipe, steps: int, k: int) -> int:
     """The step at which stage number k (from 0) begins."""
-    count = len(track.stages)
-    return math.ceil(k * steps / count) if track.boundary_up else round(k * steps / count)
+    count = len(recipe.stages)
+    return math.ceil(k * steps / count) if recipe.boundary_up else round(k * steps / count)
 
 
 def _along(ramp: Ramp, part: float) -> float:
     return ramp[0] + (ramp[1] - ramp[0]) * part
 
 
-def _without_techniques(stage: Stage, track: Track, config: "Config") -> Stage:
+def _without_techniques(stage: Stage, recipe: Recipe, config: "Config") -> Stage:
     """The stage as it is when the techniques that the config switches off are taken out."""
     changes: dict[str, object] = {}
     if not config.batch_schedule:
-        steady = track.stages[track.constant_batch]
+        steady = recipe.stages[recipe.constant_batch]
         changes.update(batch_tokens=steady.batch_tokens, lr_factor=steady.lr_factor)
     if not config.window_schedule:
-        last = track.stages[-1]
+        last = recipe.stages[-1]
         changes.update(short_window=last.short_window, long_window=last.long_window)
     if not config.short_documents:
-        changes.update(max_document=track.stages[-1].max_document)
+        changes.update(max_document=recipe.stages[-1].max_document)
     if not config.mtp:
         changes.update(mtp=MTP_ONE)
     if not config.prefix:

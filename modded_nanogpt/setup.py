@@ -30,7 +30,7 @@ from nanogpt.common.rundir import RunDir
 from nanogpt.common.shards import data_root
 from nanogpt.common.training import latest_checkpoint, repeat_exactly, write_checkpoint
 
-MODELS = {"track1": SpeedrunModel, "medium": MediumModel}  # by `layer_plan.Size.make`
+MODELS = {"record": SpeedrunModel, "medium": MediumModel}  # by `layer_plan.Size.make`
 # Graphs that may be compiled: one a lane size, and tests with many; attention windows are no part of a graph.
 GRAPHS = 64
 NOT_IN_GRAPHS = {"seed", *FREE} - {"attention", "compile", "deterministic"}

@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 modded_nanogpt/train_gpt.py        # or: cd modded_nanogpt && ./run.sh
     python -m modded_nanogpt.train_gpt --check=true                             # what would run, without a GPU
-    python -m modded_nanogpt.train_gpt small --dataset=python_source --vocab_size=128 --prefix=false      # on a CPU
+    python -m modded_nanogpt.train_gpt tiny --dataset=python_source --vocab_size=128 --prefix=false      # on a CPU
     torchrun --standalone --nproc_per_node=8 -m modded_nanogpt.train_gpt --dc=false --out_dir=out/without-dc
 
 The clock runs from the first step to the last and stands while the model is validated; compiling and warming up come
@@ -23,7 +23,7 @@ import typing
 
 from modded_nanogpt import compile_cache, schedule
 from modded_nanogpt.config import FREE, PRESETS, Config, Plan, resolve
-from modded_nanogpt.layer_plan import CPU_TRACKS
+from modded_nanogpt.layer_plan import CPU_RECIPES
 from nanogpt.common import compiler, rundir
 from nanogpt.common.errors import EXIT_INTERRUPTED, NonFiniteError, UserError, run_command
 from nanogpt.common.flags import parse_values
@@ -81,15 +81,15 @@ def _refuse_missing_gpu(config: Config) -> None:
     if none and config.fp8 == "on":
         raise UserError("--fp8=on: this machine has no NVIDIA GPU; use --fp8=auto or --fp8=off")
     if none and (
-        config.device.startswith("cuda") or (config.device == "auto" and config.track not in CPU_TRACKS)
+        config.device.startswith("cuda") or (config.device == "auto" and config.recipe not in CPU_RECIPES)
     ):
         raise UserError(
-            f"--device={config.device}: this machine has no NVIDIA GPU, and --track={config.track} needs one; ask "
-            f"SLURM for one, or try the preset that is made for CPUs: {PROG} small"
+            f"--device={config.device}: this machine has no NVIDIA GPU, and --recipe={config.recipe} needs one; ask "
+            f"SLURM for one, or try the preset that is made for CPUs: {PROG} tiny"
         )
 
 
-def main(argv: list[str], default_preset: str = "track1") -> int:
+def main(argv: list[str], default_preset: str = "record") -> int:
     """Open the run, continue in its copy of the source, train."""
     folder = rundir.running_from_copy(Path(__file__))
     if folder is None:

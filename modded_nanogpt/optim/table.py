@@ -111,7 +111,7 @@ UPDATE_ORDER = (
 
 def table(config: "Config", names: Iterable[str]) -> dict[str, Row]:
     """The rows of the parameters `names`, in the table's order. ValueError for a name without a row."""
-    rows = _MEDIUM if SIZES[config.track].make == "medium" else _TABLE
+    rows = _MEDIUM if SIZES[config.recipe].make == "medium" else _TABLE
     names = set(names)
     if names - rows.keys():
         unknown = ", ".join(sorted(names - rows.keys()))

@@ -2,10 +2,10 @@
 
 torchrun --standalone --nproc_per_node=8 modded_nanogpt/train_gpt_medium.py
 
-With --track=small_medium the same model in a size for CPUs.
+With --recipe=tiny_medium the same model in a size for CPUs.
 """
 
-track = "medium"
+recipe = "medium"
 out_dir = "out/speedrun-medium"
 
 muon_lr = 0.015

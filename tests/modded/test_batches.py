@@ -2,6 +2,7 @@
 
 import dataclasses
 import lzma
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from nanogpt.common.shards import TokenSet, open_token_set, write_shard
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 EOT = 50_256
-SMALL = Config(track="small", steps=12, extension_steps=2, dataset="random", eval_tokens=900, eval_slice=256)
+SMALL = Config(recipe="tiny", steps=12, extension_steps=2, dataset="random", eval_tokens=900, eval_slice=256)
 
 
 def random_text(rng: np.random.Generator, tokens: int) -> np.ndarray:
@@ -86,7 +87,7 @@ def literal_step(shards, state, lanes, size, limit, repeat=False):
 
 
 def test_every_step_is_what_the_rules_say(token_set):
-    config = dataclasses.replace(SMALL, repeat_data=True)
+    config = dataclasses.replace(SMALL, data_passes=9)
     shards = [shard.tokens().tolist() for shard in token_set.shards_train]
     ours, state, lanes = TrainBatches(token_set, config, 0, 1, CPU), (0, 0), 8
     for step in range(total_steps(config)):
@@ -127,7 +128,7 @@ def test_a_step_that_does_not_fit_is_dropped_whole(tmp_path):
 def test_all_world_sizes_see_the_same_lanes(seed, tmp_path):
     rng = np.random.default_rng(seed)
     token_set = make_set(tmp_path, [random_text(rng, 60_000) for _ in range(3)], random_text(rng, 2000))
-    config = dataclasses.replace(SMALL, repeat_data=True)
+    config = dataclasses.replace(SMALL, data_passes=9)
     alone = TrainBatches(token_set, config, 0, 1, CPU)
     expected = {(step, lane): alone.get(step, lane) for step in range(14) for lane in range(8)}
     for world_size in (2, 4, 8):
@@ -160,7 +161,7 @@ def same(one: batches_module.Batch, other: batches_module.Batch) -> None:
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 8), (2, 4), (8, 2), (4, 4)])
 def test_resume_is_exact(token_set, before, after):
     """Stopped after any step and started again on another number of ranks: the same lanes follow."""
-    config = dataclasses.replace(SMALL, repeat_data=True)
+    config = dataclasses.replace(SMALL, data_passes=9)
     undisturbed = TrainBatches(token_set, config, 0, 1, CPU)
     for stop in (1, 5, 11, 13):
         first = TrainBatches(token_set, config, 0, before, CPU)
@@ -174,7 +175,7 @@ def test_resume_is_exact(token_set, before, after):
 
 
 def test_a_half_taken_step_is_not_counted(token_set):
-    ours = TrainBatches(token_set, dataclasses.replace(SMALL, repeat_data=True), 0, 2, CPU)
+    ours = TrainBatches(token_set, dataclasses.replace(SMALL, data_passes=9), 0, 2, CPU)
     for micro_step in range(4):
         ours.get(0, micro_step)
     ours.get(1, 0)
@@ -182,13 +183,13 @@ def test_a_half_taken_step_is_not_counted(token_set):
 
 
 def test_changed_data_is_said_at_a_resume(token_set):
-    ours = TrainBatches(token_set, dataclasses.replace(SMALL, repeat_data=True), 0, 1, CPU)
+    ours = TrainBatches(token_set, dataclasses.replace(SMALL, data_passes=9), 0, 1, CPU)
     said = ours.restore({"step": 5, "shard": 0, "document": 1})
     assert "the data has changed: step 5" in said
 
 
 def test_narrow_lanes(token_set):
-    config = dataclasses.replace(SMALL, repeat_data=True, lanes=16)
+    config = dataclasses.replace(SMALL, data_passes=9, lanes=16)
     ours = TrainBatches(token_set, config, 3, 4, CPU)
     shards = [shard.tokens().tolist() for shard in token_set.shards_train]
     buffers, _, _ = literal_step(shards, (0, 0), 16, 128, 96, repeat=True)
@@ -203,17 +204,22 @@ def test_too_little_data_is_refused_before_training(tmp_path):
         TrainBatches(token_set, SMALL, 0, 1, CPU)
     words = str(caught.value)
     assert "1 training file (random_train_000001.bin) with 30,000 tokens" in words
-    assert "of 14 steps" in words and "--repeat_data=true" in words
+    passes = re.search(r"or pass --data_passes=(\d+)$", words)
+    assert "of 14 steps" in words and passes
     needed = int(words.split("about ")[1].split(" ")[0].replace(",", ""))
     trained = sum((stage.end - stage.start) * stage.batch_tokens for stage in stages(SMALL))
     assert trained < needed < 5 * trained
+    enough = dataclasses.replace(SMALL, data_passes=int(passes[1]))
+    assert plan_data(token_set, enough).first.shape == (14, 9)
+    with pytest.raises(UserError, match="1 training file"):  # a pass fewer than that would not do
+        plan_data(token_set, dataclasses.replace(SMALL, data_passes=2))
     published = make_set(tmp_path, [random_text(rng, 30_000)], random_text(rng, 2000), name="fineweb10B")
     with pytest.raises(UserError, match=r"cached_fineweb10B.py \d+ --set=fineweb10B, or train fewer"):
-        plan_data(published, Config(repeat_data=False, track="small", steps=50))
+        plan_data(published, Config(data_passes=1, recipe="tiny", steps=50))
     tiny = make_set(tmp_path / "tiny", [random_text(rng, 900)], random_text(rng, 2000))
-    for repeat in (False, True):  # not even one step: repeating would go on forever
+    for passes in (1, 9):  # not even one step: repeating would go on forever
         with pytest.raises(UserError, match="last for 0 of 14 steps"):
-            plan_data(tiny, dataclasses.replace(SMALL, repeat_data=repeat))
+            plan_data(tiny, dataclasses.replace(SMALL, data_passes=passes))
 
 
 def test_bad_sets_are_refused(tmp_path):
@@ -263,7 +269,7 @@ def test_hashes_by_their_formulas():
 
 
 def test_batches_have_what_the_techniques_need(token_set):
-    config = dataclasses.replace(SMALL, repeat_data=True)
+    config = dataclasses.replace(SMALL, data_passes=9)
     batch = TrainBatches(token_set, config, 0, 1, CPU).get(3, 1)
     kinds = {name: value.dtype for name, value in parts(batch).items() if isinstance(value, torch.Tensor)}
     assert kinds.pop("targets") == torch.int64 and set(kinds.values()) == {torch.int32}
@@ -345,7 +351,7 @@ def test_batches_on_a_gpu(token_set):
     """Read ahead in page-locked memory and copied without waiting: the same as on the CPU. Needs a GPU."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU on this machine")
-    config = dataclasses.replace(SMALL, repeat_data=True)
+    config = dataclasses.replace(SMALL, data_passes=9)
     gpu = TrainBatches(token_set, config, 1, 2, torch.device("cuda", 0))
     cpu = TrainBatches(token_set, config, 1, 2, CPU)
     for step in range(14):
@@ -362,7 +368,7 @@ def test_a_real_text(tmp_path):
     with lzma.open(CORPUS) as file:
         text = np.frombuffer(file.read(), "<u2", offset=1024).copy()
     token_set = make_set(tmp_path, [text], text[:5000])
-    config = Config(steps=3, extension_steps=0, dataset="random", repeat_data=True)
+    config = Config(steps=3, extension_steps=0, dataset="random", data_passes=9)
     ours, state, shards = TrainBatches(token_set, config, 0, 1, CPU), (0, 0), [text.tolist()]
     for step in range(3):
         plan = at(config, step)

@@ -19,12 +19,12 @@ VOCAB, TOKENS = 512, 96
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-PRESET = {"small": ["small"], "small_medium": ["medium", "--track=small_medium"]}
+PRESET = {"tiny": ["tiny"], "tiny_medium": ["medium", "--recipe=tiny_medium"]}
 
 
-def small(*flags: str, track: str = "small") -> Config:
+def small(*flags: str, recipe: str = "tiny") -> Config:
     words = [
-        *PRESET[track],
+        *PRESET[recipe],
         f"--vocab_size={VOCAB}",
         "--prefix=false",
         "--eval_slice=128",
@@ -58,7 +58,7 @@ def gradients(
 @pytest.fixture(scope="module", params=list(PRESET))
 def state(request: pytest.FixtureRequest) -> lanes.State:
     torch.set_num_threads(1)
-    made = setup.build(small(track=request.param), ALONE)
+    made = setup.build(small(recipe=request.param), ALONE)
     made.model.init_weights(7)
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():  # what starts at zero would hide a part of the graph

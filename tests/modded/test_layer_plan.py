@@ -49,10 +49,12 @@ def test_the_records_sizes():
     assert found.bigram_rows == 7.5 * found.padded_vocab
     body = 10 * 4 * found.width**2 + 11 * 2 * found.mlp_width * found.width
     assert body == 75_497_472
-    for name, track in layer_plan.SIZES.items():
-        assert track.heads * track.head_dim == track.width, name
-        assert track.padded_vocab % 128 == 0 and track.padded_vocab - 128 < track.vocab <= track.padded_vocab
-    small = size(Config(track="small", vocab_size=300))
+    for name, recipe in layer_plan.SIZES.items():
+        assert recipe.heads * recipe.head_dim == recipe.width, name
+        assert (
+            recipe.padded_vocab % 128 == 0 and recipe.padded_vocab - 128 < recipe.vocab <= recipe.padded_vocab
+        )
+    small = size(Config(recipe="tiny", vocab_size=300))
     assert (small.vocab, small.padded_vocab) == (300, 384)
 
 
@@ -138,7 +140,7 @@ def test_the_medium_track():
     assert layer_plan.backout(config) == 11 and having(config, "keep_output") == [2, 4, 6, 11]
     assert having(config, "attention_gate") == list(range(16)) == having(config, "inject")
     assert gates(config) == ((), ())
-    small = parse(Config, ["medium", "--track=small_medium"], prog="", description="", presets=PRESETS)
+    small = parse(Config, ["medium", "--recipe=tiny_medium"], prog="", description="", presets=PRESETS)
     assert layers(small) == layers(config) and layer_plan.backout(RECORD) is None
-    with pytest.raises(UserError, match=r"--paired_heads=true: --track=medium has no place for it"):
-        Config(track="medium")
+    with pytest.raises(UserError, match=r"--paired_heads=true: --recipe=medium has no place for it"):
+        Config(recipe="medium")

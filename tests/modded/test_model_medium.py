@@ -21,7 +21,7 @@ TOKENS = torch.randint(VOCAB, (T,), generator=torch.Generator().manual_seed(3))
 
 
 def medium(*flags: str) -> Config:
-    words = ["medium", "--track=small_medium", f"--vocab_size={VOCAB}", "--eval_slice=128", *flags]
+    words = ["medium", "--recipe=tiny_medium", f"--vocab_size={VOCAB}", "--eval_slice=128", *flags]
     return parse(Config, words, prog="t", description="t", presets=PRESETS)
 
 

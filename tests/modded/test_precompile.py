@@ -41,7 +41,7 @@ class Batches:
 
 
 def test_the_graphs_of_track_1_in_the_order_of_the_warm_up():
-    config = configured("track1")
+    config = configured("record")
     batches, val_batches = Batches(config), Batches(config)
     batches.boundaries, val_batches.boundaries = BOUNDARIES.__getitem__, 896
     found = graphs(config, batches, val_batches)
@@ -54,7 +54,7 @@ def test_the_graphs_of_track_1_in_the_order_of_the_warm_up():
 
 
 def test_a_blank_lane_has_the_shapes_of_a_real_one():
-    config = configured("small", "--vocab_size=512", "--prefix=false")
+    config = configured("tiny", "--vocab_size=512", "--prefix=false")
     batch = blank_batch(config, 256, 32, 128, CPU)
     state = setup.build(config, Ranks(0, 0, 1, CPU))
     state.model.init_weights(1)
@@ -154,13 +154,13 @@ def test_what_was_compiled_is_known_to_the_same_code_alone(tmp_path, monkeypatch
         monkeypatch.setenv(variable, str(tmp_path / name))
     said = []
     cache = CompileCache(tmp_path / "archives", "e" * 12, "5" * 64, said.append)
-    config = configured("track1")
+    config = configured("record")
     key = setup.graphs_key(config, [GRAPH])
     assert not cache.holds(key)
     cache.keep(key)
     assert cache.holds(key)
-    assert cache.holds(setup.graphs_key(configured("track1", "--seed=5", "--save_minutes=3"), [GRAPH]))
-    assert not cache.holds(setup.graphs_key(configured("track1", "--dc=false"), [GRAPH]))
+    assert cache.holds(setup.graphs_key(configured("record", "--seed=5", "--save_minutes=3"), [GRAPH]))
+    assert not cache.holds(setup.graphs_key(configured("record", "--dc=false"), [GRAPH]))
     assert not cache.holds(setup.graphs_key(config, [Graph(0, 512, 32, 128)]))
     assert not CompileCache(tmp_path / "archives", "e" * 12, "6" * 64, said.append).holds(key)
     monkeypatch.setenv(compiler.FOLDERS["inductor"], str(tmp_path / "another-node"))
@@ -172,4 +172,4 @@ def test_what_was_compiled_is_known_to_the_same_code_alone(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_on_a_cpu_nobody_compiles_ahead(world_size):
-    assert not precompile.worth_it(configured("small"), Ranks(0, 0, world_size, CPU), 1)
+    assert not precompile.worth_it(configured("tiny"), Ranks(0, 0, world_size, CPU), 1)

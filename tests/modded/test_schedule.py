@@ -137,7 +137,7 @@ def test_the_medium_track():
     assert at(MEDIUM, 1410).lr == 2.0 and at(MEDIUM, 1411).lr < 2.0 and at(MEDIUM, 4700).lr == 0.1
     total = sum((stage.end - stage.start) * stage.batch_tokens for stage in found)
     assert total == pytest.approx(2.177e9, rel=1e-3)
-    small = stages(dataclasses.replace(MEDIUM, track="small_medium", steps=4700, extension_steps=40))
+    small = stages(dataclasses.replace(MEDIUM, recipe="tiny_medium", steps=4700, extension_steps=40))
     for one, other in zip(
         found, small, strict=True
     ):  # the same, in a 128th of the tokens and a 16th of the reach
@@ -165,9 +165,9 @@ def test_techniques_switched_off():
     assert at(Config(cooldown=1.0), 0).lr == 1.0 and at(Config(cooldown=1.0), 1).lr < 1.0
 
 
-@pytest.mark.parametrize("track", list(schedule.STAGES))
-def test_stages_leave_no_gap_at_any_length(track):
-    base = dataclasses.replace(MEDIUM if track.endswith("medium") else RECORD, track=track)
+@pytest.mark.parametrize("recipe", list(schedule.STAGES))
+def test_stages_leave_no_gap_at_any_length(recipe):
+    base = dataclasses.replace(MEDIUM if recipe.endswith("medium") else RECORD, recipe=recipe)
     for steps in (12, 13, 47, 107, 1271):
         for extension in (0, 1, 9):
             config = dataclasses.replace(base, steps=steps, extension_steps=extension)

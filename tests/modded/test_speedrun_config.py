@@ -19,11 +19,11 @@ def parsed(*argv: str) -> Config:
 
 
 def test_presets():
-    assert parsed("track1") == Config()
-    assert parsed("small").track == "small"
+    assert parsed("record") == Config()
+    assert parsed("tiny").recipe == "tiny"
     medium = parsed("medium", "--steps=120")
-    assert (medium.track, medium.muon_lr, medium.cooldown, medium.steps) == ("medium", 0.015, 0.7, 120)
-    for name in ("track1", "medium", "small"):
+    assert (medium.recipe, medium.muon_lr, medium.cooldown, medium.steps) == ("medium", 0.015, 0.7, 120)
+    for name in ("record", "medium", "tiny"):
         assert parsed(*to_argv(parsed(name))) == parsed(name)
 
 
@@ -33,7 +33,7 @@ def test_the_records_numbers():
     assert (config.normuon_beta2, config.cooldown, config.lr_floor, config.adam_every) == (0.9, 0.60, 0.15, 2)
     off = {field.name for field in dataclasses.fields(config) if field.type is bool and not field.default}
     assert off == {
-        "auto_resume", "overwrite", "check", "repeat_data", "attention_at_6", "canonical", "wandb_log", "deterministic",
+        "auto_resume", "overwrite", "check", "attention_at_6", "canonical", "wandb_log", "deterministic",
         "fp8_backward",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(config)} >= FREE
@@ -70,8 +70,8 @@ BAD = {
     "--accept_changed=weather": "expected any of code,config,data,torch",
     "--out_dir= ": "needs a directory",
     "--out_dir=~nobody-here/x": "there is no such user",
-    "--track=medium": "has no place for it",
-    "--track=big": "expected one of track1, medium, small, small_medium",
+    "--recipe=medium": "has no place for it",
+    "--recipe=big": "expected one of record, medium, tiny, tiny_medium",
     "--embedding=tie": "expected one of tied_then_untied, tied, untied",
     "--cooldown=1.5": "must be at most 1.0",
     "--muon_lr=nan": "expected a finite number",

@@ -18,7 +18,7 @@ BOUNDS = [0, 13, 14, 40, 60, 60, 60]  # one document of a single token, two padd
 
 
 def small(*flags: str) -> Config:
-    values = parse_values(Config, ["small", *flags], prog="t", description="t", presets=PRESETS)
+    values = parse_values(Config, ["tiny", *flags], prog="t", description="t", presets=PRESETS)
     return Config(**values)
 
 

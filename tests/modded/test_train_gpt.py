@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VOCAB, EOT, STEPS = 512, 511, 7
 HAS_GPU = has_nvidia_driver()
 FLAGS = (
-    "small", "--dataset=tiny", f"--vocab_size={VOCAB}", "--prefix=false", "--steps=6", "--extension_steps=1",
+    "tiny", "--dataset=tiny", f"--vocab_size={VOCAB}", "--prefix=false", "--steps=6", "--extension_steps=1",
     "--eval_interval=3", "--eval_tokens=2048", "--eval_slice=1024", "--warmup=false", "--num_threads=1",
     "--device=cpu",
 )  # fmt: skip
@@ -105,7 +105,7 @@ def test_it_learns_and_leaves_evidence(undisturbed):
     assert validations[-1] < validations[0] - 1
     (end,) = records(undisturbed, "end")
     assert end["status"] == "finished" and end["val_tokens"] == 2048 and end["world_size"] == 1
-    assert end["eligible"] is False and "track small has no record" in end["ineligible"]
+    assert end["eligible"] is False and "the recipe tiny has no record" in end["ineligible"]
     assert end["train_ms"] == pytest.approx(
         sum(line["ms"] for line in records(undisturbed, "train")), rel=0.3
     )
@@ -187,7 +187,7 @@ def test_on_a_gpu_it_learns_as_on_a_cpu_and_stops_when_asked(data, undisturbed, 
     assert here[0] == pytest.approx(np.log(VOCAB), abs=0.02)
     assert here[-1] == pytest.approx(there[-1], abs=0.5)
     out = tmp_path / "stopped"
-    process = start(data, out, *flags, "--save_interval=2", "--steps=2000", "--repeat_data=true")
+    process = start(data, out, *flags, "--save_interval=2", "--steps=2000", "--data_passes=999")
     wait_for(lambda: any((out / "checkpoints").glob("step_*")) or process.poll() is not None, 600)
     process.send_signal(signal.SIGTERM)
     said, errors = process.communicate(timeout=120)
@@ -211,7 +211,7 @@ def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
         pytest.param(["--device=cuda"], "--device=cuda", marks=pytest.mark.skipif(HAS_GPU, reason="has a GPU")),
         (["--xsaa=false"], "did you mean '--xsa'"),
         (["--half_rope=false"], "--key_offset=false"),
-        (["--track=medium"], "--track=medium"),
+        (["--recipe=medium"], "--recipe=medium"),
         (["--overwrite=true", "--auto_resume=true"], "keep one"),
     ],
 )  # fmt: skip

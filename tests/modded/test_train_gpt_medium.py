@@ -13,7 +13,7 @@ from tests.modded.test_train_gpt import data as data  # a fixture
 
 STEPS = 13
 FLAGS = (
-    "--track=small_medium", "--dataset=tiny", f"--vocab_size={VOCAB}", f"--steps={STEPS - 1}", "--extension_steps=1",
+    "--recipe=tiny_medium", "--dataset=tiny", f"--vocab_size={VOCAB}", f"--steps={STEPS - 1}", "--extension_steps=1",
     "--eval_interval=13", "--eval_tokens=2048", "--eval_slice=1024", "--num_threads=1",
     "--device=cpu",
 )  # fmt: skip
@@ -49,7 +49,7 @@ def test_it_learns(undisturbed):
     assert validations[0] == pytest.approx(np.log(VOCAB), abs=0.01)
     assert validations[-1] < validations[0] - 1
     (end,) = records(undisturbed, "end")
-    assert end["status"] == "finished" and "track small_medium has no record" in end["ineligible"]
+    assert end["status"] == "finished" and "the recipe tiny_medium has no record" in end["ineligible"]
 
 
 def test_stopped_on_one_rank_it_goes_on_on_two(data, undisturbed, tmp_path):

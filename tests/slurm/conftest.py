@@ -289,7 +289,7 @@ def slow_jobs(project: Project) -> dict[str, str]:
 
 # The speedrun's trainer in seconds on a CPU.
 SMALL = (
-    "small", "--dataset=docs", "--vocab_size=512", "--prefix=false", "--steps=3", "--extension_steps=1",
+    "tiny", "--dataset=docs", "--vocab_size=512", "--prefix=false", "--steps=3", "--extension_steps=1",
     "--eval_interval=100", "--eval_tokens=2048", "--eval_slice=1024", "--warmup=false", "--num_threads=1",
 )  # fmt: skip
 

@@ -216,6 +216,7 @@ def _track(row: object, where: str) -> Track:
         "min_runs": lambda v: is_whole(v, 1, 100), "loss_floor": lambda v: is_number(v, 0, 100),
         "flops_per_token": lambda v: is_number(v, 0, 1e15), "marks": lambda v: isinstance(v, bool),
         "entries": lambda v: isinstance(v, list) and all(isinstance(one, str) for one in v),
+        "recipes": lambda v: isinstance(v, list) and all(isinstance(one, str) for one in v),
         "template": lambda v: isinstance(v, list) and len(v) == 2 and all(isinstance(one, str) for one in v),
         "pinned": lambda v: isinstance(v, dict) and all(isinstance(one, str) for one in v.values()),
     }  # fmt: skip

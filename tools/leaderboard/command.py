@@ -161,7 +161,7 @@ def choose(run, tracks: dict, wanted: str | None, facts: dict | None = None):
     fits = [
         track for track in tracks.values()
         if (not track.entries or run.entry in track.entries) and track.val_sha256 in vals
-        and (track.name not in BUILT_IN or run.config.get("track", track.name) == track.name)
+        and (not track.recipes or run.config.get("recipe", track.recipes[0]) in track.recipes)
     ]  # fmt: skip
     if len(fits) != 1:
         names = ", ".join(track.name for track in fits or tracks.values())

@@ -135,9 +135,12 @@ def _marks(run: Run, track: Track) -> Problems:
         yield "marks", f"{run.label}: is marked eligible, with reasons why it is not"
     if track.entries and run.entry not in track.entries:
         yield "marks", f"{run.label}: {run.entry[:80]} is not a trainer of the track {track.name}"
-    own = run.config.get("track")
-    if own is not None and own != track.name and track.name in BUILT_IN:
-        yield "marks", f"{run.label}: was trained on the track {own!s:.40}, not {track.name}"
+    recipe = run.config.get("recipe")
+    if recipe is not None and track.recipes and recipe not in track.recipes:
+        yield (
+            "marks",
+            f"{run.label}: was trained with --recipe={recipe!s:.40}, not with {' or '.join(track.recipes)}",
+        )
     if end.get("target") is not None and not math.isclose(end["target"], track.target):
         yield "marks", f"{run.label}: its target was {end['target']:g}; the track's is {track.target:g}"
     met = run.val_loss <= track.target

@@ -30,6 +30,7 @@ class Track:
     alpha: float = 0.01
     min_runs: int = 2
     entries: tuple[str, ...] = ()  # trainers that may enter; () means any
+    recipes: tuple[str, ...] = ()  # of the speedrun's trainer (--recipe); () means any
     loss_floor: float = 0.0  # below it, no model of this size has read honest tokens
     flops_per_token: float = 0.0  # of the reference model, forward and backward; 0: from the run's own shape
     marks: bool = False  # the trainer must have marked the run eligible
@@ -40,13 +41,14 @@ class Track:
 TRACK1 = Track(
     name="track1", title="Speedrun: GPT-2 small to 3.28", target=3.28, metric="seconds", test="t",
     val_sha256=FINEWEB_VAL, val_tokens=SPEEDRUN_VAL_TOKENS, vocab_size=50_304,
-    entries=("modded_nanogpt/train_gpt.py",), loss_floor=2.7, flops_per_token=0.685e9, marks=True,
+    entries=("modded_nanogpt/train_gpt.py",), recipes=("record", "snapshot"), loss_floor=2.7,
+    flops_per_token=0.685e9, marks=True,
     pinned={"fineweb_train_000001.bin": FINEWEB_TRAIN_1},
 )  # fmt: skip
 MEDIUM = Track(
     name="medium", title="Speedrun: GPT-2 medium to 2.92", target=2.92, metric="seconds", test="t",
     val_sha256=FINEWEB_VAL, val_tokens=SPEEDRUN_VAL_TOKENS, vocab_size=50_304,
-    entries=("modded_nanogpt/train_gpt_medium.py", "modded_nanogpt/train_gpt.py"), loss_floor=2.4,
+    entries=("modded_nanogpt/train_gpt_medium.py", "modded_nanogpt/train_gpt.py"), recipes=("medium",), loss_floor=2.4,
     flops_per_token=1.5e9, marks=True, pinned={"fineweb_train_000001.bin": FINEWEB_TRAIN_1},
 )  # fmt: skip
 STEPS = Track(

@@ -44,7 +44,7 @@ UNTIE = 3
 
 
 def config_of(**changes: object) -> Config:
-    return dataclasses.replace(Config(track="small", device="cpu"), **changes)
+    return dataclasses.replace(Config(recipe="tiny", device="cpu"), **changes)
 
 
 def parameters(dtype: torch.dtype = torch.float32, leave_out: tuple[str, ...] = ()) -> dict[str, Parameter]:

@@ -258,7 +258,7 @@ def test_the_table_has_the_medium_tracks_rows():
     )}  # fmt: skip
     scalars = dict.fromkeys(("scalars", "residual_lambdas", "input_lambdas"), (0.9, 0.99, 2, 0))
     gates = dict.fromkeys(("attention_gates", "ve_gates", "skip_gates", "smear_gate"), (1.0,))
-    rows = table.table(SimpleNamespace(track="medium"), [*tables, *scalars, *gates, "mlp_bank", "vo_bank"])
+    rows = table.table(SimpleNamespace(recipe="medium"), [*tables, *scalars, *gates, "mlp_bank", "vo_bank"])
     found = {name: row for name, row in rows.items() if row.spread != "banks"}
     assert {n: (*row.betas, row.lr, row.decay) for n, row in found.items()} == tables | scalars
     assert {row.epsilon for row in found.values()} == {1e-8}

@@ -148,7 +148,7 @@ def made(
         "config": {
             "out_dir": f"out/run-{seed}", "data_root": "/scratch/data", "dataset": "fineweb10B", "seed": seed,
             "init_from": "scratch", "steps": 0, "log_interval": 1, "eval_interval": 20, "muon_lr": 0.023,
-            **({"track": track} if track != "steps" else {}),
+            **({"recipe": {"track1": "record"}.get(track, track)} if track != "steps" else {}),
         },
         "plan": {"world_size": world_size, "total_steps": steps},
         "data": fingerprint(manifest), "entry": f"modded_nanogpt/{trainer}", "run_id": f"{noise.getrandbits(64):016x}",
@@ -158,7 +158,7 @@ def made(
     )
     environment = {
         "time": started.isoformat(), "host": "node1234", "python": "3.12.3", "packages": {"torch": "2.13.0"},
-        "git": {"commit": "0" * 40, "changed": 0}, "argv": ["track1", f"--seed={seed}"], "world_size": world_size,
+        "git": {"commit": "0" * 40, "changed": 0}, "argv": ["record", f"--seed={seed}"], "world_size": world_size,
         "gpus": [gpu] * world_size, "slurm": {"SLURM_JOB_ID": str(1000 + seed)},
     }  # fmt: skip
     events: list[dict] = [{"event": "start", "step": 0, "world_size": world_size, "attempt": 1}]

@@ -115,7 +115,7 @@ def fine_tuned(runs: Runs) -> None:
 
 @forged("was started with --seed=99")
 def seed_renamed(runs: Runs) -> None:
-    runs[1].environment[0]["argv"] = ["track1", "--seed=99"]
+    runs[1].environment[0]["argv"] = ["record", "--seed=99"]
 
 
 # The trainer's marks
@@ -142,10 +142,10 @@ def other_trainer(runs: Runs) -> None:
         one.config["entry"] = "modded_nanogpt/train_gpt_simple.py"
 
 
-@forged("was trained on the track small", words=["--track=track1"])
+@forged("was trained with --recipe=tiny", words=["--track=track1"])
 def other_track(runs: Runs) -> None:
     for one in runs:
-        one.config["config"]["track"] = "small"
+        one.config["config"]["recipe"] = "tiny"
 
 
 @forged("its target was 3.5")

@@ -172,7 +172,7 @@ class Browser:
         page.call("Emulation.setEmulatedMedia", features=[theme])
         page.loaded = False
         page.call("Page.navigate", url=path.resolve().as_uri())
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 600
         while not page.loaded:
             assert time.monotonic() < limit, f"{path} did not load"
             self._next()

@@ -23,7 +23,7 @@ def run_python(tmp_path: Path):
     """Runs `python ARGS...` from the root (or `cwd`) with one thread, and returns the finished process."""
 
     def run(
-        *args: object, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 120
+        *args: object, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 600
     ) -> subprocess.CompletedProcess:
         full = {
             **os.environ,

@@ -66,7 +66,7 @@ def refuse(zygote, tmp_path, tiny_data):
     def run(module: str, argv: list[str], *words: str, code: int = 2, env: dict | None = None) -> None:
         before = snapshot(tmp_path), snapshot(tiny_data)
         environment = {"DATA_ROOT": str(tiny_data), "HOME": str(tmp_path), **(env or {})}
-        child = zygote.run(argv, module=module, cwd=tmp_path, env=environment, timeout=30)
+        child = zygote.run(argv, module=module, cwd=tmp_path, env=environment, timeout=600)
         assert_refused(child.status, child.stderr, words, code)
         assert (snapshot(tmp_path), snapshot(tiny_data)) == before, "it changed something"
 
@@ -469,7 +469,7 @@ def test_the_real_commands_refuse_before_torch_is_imported(script, argv, word, t
     environment = {**os.environ, "DATA_ROOT": str(tmp_path / "data"), "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-X", "importtime", script, *argv],
-        cwd=ROOT / "nanogpt", env=environment, capture_output=True, text=True, timeout=60,
+        cwd=ROOT / "nanogpt", env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     imports, said = [], []
     for line in done.stderr.splitlines(keepends=True):

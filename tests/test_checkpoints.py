@@ -279,7 +279,7 @@ def test_a_file_size_limit(tmp_path, tiny_data):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
-    done = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=600)
     assert done.returncode == 74, done.stderr
     assert done.stderr.startswith("error: ")
     assert "file-size limit" in done.stderr

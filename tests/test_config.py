@@ -168,7 +168,7 @@ def test_help_is_fast_and_imports_no_torch(command):
     )
     before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     seconds = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
     assert done.returncode == 0

@@ -119,7 +119,7 @@ def test_a_resume_with_the_same_ranks_is_exact(world, ranks, tmp_path):
 
 def wait_for_step(folder: Path, step: int, children) -> None:
     """Return when the run has logged that step."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 600
     while not (folder / "metrics.jsonl").exists() or len(tiny_lines(folder)) <= step:
         assert time.monotonic() < end
         assert all(child.status is None for child in children), stderr_of(children)
@@ -203,7 +203,7 @@ def test_a_damaged_shard_is_said_once_by_the_rank_that_read_it(tmp_path):
                 [sys.executable, "-c", script], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
             )
         )
-    said = [process.communicate(timeout=60)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said
     assert "".join(said).count("error: ") == 1
     assert "tiny_val_000000.bin" in said[1]
@@ -223,7 +223,7 @@ def torchrun(world: int, *argv: str, cwd: Path = ROOT) -> subprocess.CompletedPr
         *argv,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_torchrun_from_the_root_and_from_the_folder(tiny_data, ranks, tmp_path):

@@ -49,7 +49,7 @@ def make(tmp_path: Path):
             **(env or {}),
         }
         command = ["make", "-C", str(clone), *words]
-        done = subprocess.run(command, cwd="/", env=full, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd="/", env=full, capture_output=True, text=True, timeout=600)
         return done, [line.split("|")[:-1] for line in calls.read_text().splitlines()]
 
     run.clone = clone
@@ -84,6 +84,7 @@ def test_default_target_lists_every_target(make):
                 "setup_env.sh --dev --brief",
                 "python -m tests.faults --seed=3",
                 "python -m tests.faults --slurm --seed=3",
+                "python -m pytest -m campaign",
             ],
         ),
         (["gpu-status"], ["python -m tools.gpu status"]),

@@ -192,7 +192,7 @@ def test_the_fused_loss_equals_its_twin_and_float64_interpreted(run_python):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_the_fused_loss_equals_its_twin_and_float64_on_a_gpu(root):
     done = subprocess.run(
-        [sys.executable, "-c", COMPARE_FUSED, "cuda"], cwd=root, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", COMPARE_FUSED, "cuda"], cwd=root, capture_output=True, text=True, timeout=600
     )
     assert done.stdout.endswith("equal\n"), done.stderr[-2000:]
 

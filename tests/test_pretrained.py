@@ -154,7 +154,7 @@ def load(
         env=full,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
 
 

@@ -316,7 +316,7 @@ def test_the_ghost_of_a_lost_node_is_fenced(trainer, undisturbed, tmp_path, tiny
     script = 'hostname another-node && exec "$@"'
     done = subprocess.run(
         ["unshare", "--uts", "sh", "-c", script, "sh", *command],
-        capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     before = snapshot(folder)

@@ -26,7 +26,7 @@ def command(
     start = [script] if script else ["-m", "nanogpt.train"]
     return subprocess.run(
         [sys.executable, *start, *argv],
-        cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=100,
+        cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 

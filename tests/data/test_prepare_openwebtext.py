@@ -58,7 +58,7 @@ def env(mirror: Path, tmp_path: Path) -> Callable[..., dict[str, str]]:
 
 def prepare(env: dict[str, str], *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(PREPARE), f"--repository={REPOSITORY}", *FLAGS, *flags]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
 def prepare_impatiently(env: dict[str, str], *flags: str) -> subprocess.CompletedProcess:
@@ -71,7 +71,7 @@ def prepare_impatiently(env: dict[str, str], *flags: str) -> subprocess.Complete
     )
     command = [sys.executable, "-c", code, f"--repository={REPOSITORY}", *FLAGS, *flags]
     return subprocess.run(
-        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -132,7 +132,7 @@ def test_ctrl_c(hub, env, tmp_path: Path) -> None:
     )
     wait_for(tmp_path / "data" / "t" / "t_train_000002.bin", process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 130 and said.strip().endswith("interrupted") and "Traceback" not in said
     assert (tmp_path / "data" / "t" / "progress.json").exists()
 

@@ -104,7 +104,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
             words, folder = made_small(command, clone)
             results[command] = subprocess.run(
                 words, cwd=folder, env=run_kit.environment(clone / "data"), stdin=subprocess.DEVNULL,
-                capture_output=True, text=True, timeout=300,
+                capture_output=True, text=True, timeout=600,
             )  # fmt: skip
     return clone, results
 

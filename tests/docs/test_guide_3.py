@@ -62,7 +62,7 @@ def executed(tmp_path_factory) -> tuple[Path, dict[str, subprocess.CompletedProc
     for line in LINES:
         results[line] = subprocess.run(
             ["bash", "-c", made_small(line)], cwd=clone, env=env, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, timeout=120,
+            text=True, timeout=600,
         )  # fmt: skip
     return clone, results
 

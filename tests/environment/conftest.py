@@ -78,7 +78,7 @@ def setup(clone: Path, home: Path):
         full = {**clean, "HOME": str(home), "ENV_PYTHON": sys.executable, **env}
         options = {"env": full, "cwd": home, "text": True, "stdin": subprocess.DEVNULL}
         if wait:
-            return subprocess.run(command, capture_output=True, timeout=120, **options)
+            return subprocess.run(command, capture_output=True, timeout=600, **options)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, start_new_session=True, **pipes, **options)
 

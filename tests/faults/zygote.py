@@ -37,7 +37,7 @@ class Child:
         """Exit status, -9 after SIGKILL, None while it runs."""
         return self.zygote.ended.get(self.pid)
 
-    def wait(self, timeout: float = 60.0) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """Its exit status, when it has ended."""
         end = time.monotonic() + timeout
         while self.status is None:
@@ -95,14 +95,14 @@ class Zygote:
             self.process.stdin.flush()
         except BrokenPipeError:
             raise RuntimeError(f"the zygote has ended with {self.process.wait()}") from None
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while self.count not in self.started:
             if time.monotonic() > end or self.process.poll() is not None:
                 raise TimeoutError("the zygote does not answer")
             time.sleep(0.001)
         return Child(self.started[self.count], output, self)
 
-    def run(self, argv: list[str], *, timeout: float = 60.0, **options: object) -> Child:
+    def run(self, argv: list[str], *, timeout: float = 600, **options: object) -> Child:
         """`start`, and wait."""
         child = self.start(argv, **options)
         child.wait(timeout)

@@ -54,7 +54,7 @@ def start(data: Path, *flags: object, ranks: int = 1, **more: str) -> subprocess
 
 
 def run(
-    data: Path, *flags: object, ranks: int = 1, status: int = 0, timeout: float = 240, **more: str
+    data: Path, *flags: object, ranks: int = 1, status: int = 0, timeout: float = 600, **more: str
 ) -> tuple[str, str]:
     process = start(data, *flags, ranks=ranks, **more)
     said, errors = process.communicate(timeout=timeout)

@@ -118,7 +118,7 @@ def environment(hub: Hub, root: Path, **more: str) -> dict[str, str]:
 def download(hub: Hub, root: Path, *args: str, **more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *args]
     return subprocess.run(
-        command, env=environment(hub, root, **more), capture_output=True, text=True, timeout=120
+        command, env=environment(hub, root, **more), capture_output=True, text=True, timeout=600
     )
 
 
@@ -213,7 +213,7 @@ def test_four_at_once_agree(hub, tmp_path):
         for count in ("3", "3", "2", "3")
     ]
     for process in running:
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=600)
         assert process.returncode == 0, out
     assert len(manifest(tmp_path)["files"]) == 4
     folder = tmp_path / "fineweb10B"

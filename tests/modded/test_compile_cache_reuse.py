@@ -20,7 +20,7 @@ def run_python(code: str, *words: object, **variables: str) -> subprocess.Comple
             {*compiler.FOLDERS.values(), compiler.TAG_VARIABLE, "SLURM_TMPDIR", "TMPDIR"}}  # fmt: skip
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, words)],
-        env={**kept, "OMP_NUM_THREADS": "1", **variables}, capture_output=True, text=True, timeout=180,
+        env={**kept, "OMP_NUM_THREADS": "1", **variables}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def start(data: Path, out: Path, *flags: str, ranks: int = 1) -> subprocess.Pope
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
-    said, errors = process.communicate(timeout=240)
+    said, errors = process.communicate(timeout=600)
     assert process.returncode == status, (said, errors)
     return said
 

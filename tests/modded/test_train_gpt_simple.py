@@ -120,7 +120,7 @@ def test_a_plan_is_killed_and_told_to_stop_and_goes_on_exactly(data, planned, tm
     process = start(data, *flags)
     wait_for(lambda: (second / "checkpoints" / "step_00000003").exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=120)
+    said, errors = process.communicate(timeout=600)
     assert process.returncode == 75 and "checkpoint saved; go on with" in said, (said, errors)
     assert not (tmp_path / "idea").exists()
     said, _ = run(data, *flags)
@@ -152,7 +152,7 @@ def test_a_run_is_replayed_from_its_log_alone(data, planned, tmp_path):
     shutil.copy(planned[0] / "idea" / "log.txt", log)
     done = subprocess.run(
         [sys.executable, "-m", "tools", "repro", str(log), "--yes", f"--out_dir={tmp_path / 'again'}"],
-        env=environment(data), cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env=environment(data), cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "again") == losses(planned[0] / "idea")
@@ -315,7 +315,7 @@ def test_flags_win_over_variables_and_variables_over_presets(data, tmp_path):
     def check(**variables: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-m", *words], env=environment(data, **variables), cwd=ROOT, capture_output=True,
-            text=True, timeout=60,
+            text=True, timeout=600,
         )  # fmt: skip
 
     done = check(**stage)
@@ -331,7 +331,7 @@ def test_flags_win_over_variables_and_variables_over_presets(data, tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", words[0], name, "--dataset=tiny", "--check=true", "--repeat_data=true",
              "--sequence_length=8", "--val_tokens=64"],
-            env=environment(data), cwd=ROOT, capture_output=True, text=True, timeout=60,
+            env=environment(data), cwd=ROOT, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert expected in done.stdout and "512" not in done.stderr, done
 
@@ -339,7 +339,7 @@ def test_flags_win_over_variables_and_variables_over_presets(data, tmp_path):
 def test_help_does_not_import_torch(data):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "modded_nanogpt.train_gpt_simple", "--help"],
-        env=environment(data), cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env=environment(data), cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0 and "--variant" in done.stdout and "| torch" not in done.stderr
     assert "historical, simple, tiny" in done.stdout and VOCAB and FLAGS

@@ -47,7 +47,7 @@ class Cluster:
         env: dict[str, str] | None = None,
         cwd: Path = ROOT,
         check: bool = True,
-        timeout: float = 60,
+        timeout: float = 600,
     ) -> subprocess.CompletedProcess:
         """Run a command against the cluster; with `check`, a failure fails the test and shows the output."""
         words = [str(word) for word in command]
@@ -84,7 +84,7 @@ class Cluster:
         """The job's state in one word."""
         return self.job(job)["JobState"]
 
-    def wait_for(self, job: str, states: str | tuple[str, ...] = DONE, timeout: float = 60) -> str:
+    def wait_for(self, job: str, states: str | tuple[str, ...] = DONE, timeout: float = 600) -> str:
         """Wait until the job is in one of the states; returns it, or fails with what the job was doing."""
         wanted = (states,) if isinstance(states, str) else states
         return self.wait_until(
@@ -233,7 +233,7 @@ class Project:
                 assert losses.setdefault(record["step"], record["loss"]) == record["loss"], (job, record)
         return losses
 
-    def wait_for_step(self, job: str, run: str, step: int, timeout: float = 90) -> dict[int, float]:
+    def wait_for_step(self, job: str, run: str, step: int, timeout: float = 600) -> dict[int, float]:
         """Wait until the run has computed that step."""
         return self.cluster.wait_until(
             lambda: losses if max(losses := self.training(job, run), default=-1) >= step else None,

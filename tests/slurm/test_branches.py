@@ -19,7 +19,7 @@ RUN = "slurm/lib/run.sh"
 
 
 def bash(
-    *words: object, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 60, path: str = ""
+    *words: object, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 600, path: str = ""
 ):
     """`bash WORDS...` outside of every job, with this environment's Python."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "CUDA"))}
@@ -151,7 +151,7 @@ def test_signals_reach_a_local_trainer(tmp_path, name):
         assert line is False
         assert process.poll() is None
     process.send_signal(getattr(signal, f"SIG{name}"))
-    stdout, _ = process.communicate(timeout=20)
+    stdout, _ = process.communicate(timeout=600)
     assert process.returncode == 75
     assert "stopped by" in stdout
 
@@ -189,7 +189,7 @@ while [[ $1 == --* ]]; do shift; done
 def test_a_step_that_slurm_cannot_start_yet_is_waited_for(job_of_standins):
     """Right after a restart of the controller; it is no failure of the trainer, three times in a row or more."""
     process = job_of_standins(3, "--steps=2")
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     assert said.startswith("--- job 7 attempt 1 on here at ")
     assert said.count("SLURM could not start the trainer") == 3 and "the trainer broke" not in said
@@ -201,7 +201,7 @@ def test_a_signal_while_the_step_cannot_start_loses_nothing(job_of_standins):
         if "could not start" in line:
             break
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 75, said
     assert "ended before it could save; job 7 is interactive" in said
 
@@ -234,7 +234,7 @@ dist.barrier()
 dist.destroy_process_group()
 """,
     )
-    done = bash(RUN, "--gpus=2", trainer, env={"RUN_MARK": f"mark-of-{os.getpid()}"}, timeout=120)
+    done = bash(RUN, "--gpus=2", trainer, env={"RUN_MARK": f"mark-of-{os.getpid()}"}, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "SUM 2.0" in done.stdout
     listeners = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("LISTENS")]

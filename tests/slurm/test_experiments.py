@@ -46,7 +46,7 @@ def engaging(cluster, clone):
             check=check,
             env=env,
             cwd=clone,
-            timeout=90,
+            timeout=600,
             **more,
         )
 
@@ -71,7 +71,7 @@ def standings(engaging, *study: str) -> dict[str, list[str]]:
     return found
 
 
-def wait(engaging, study: str, states: set[str], timeout: float = 60) -> dict[str, list[str]]:
+def wait(engaging, study: str, states: set[str], timeout: float = 600) -> dict[str, list[str]]:
     """Until every run of the study is in one of the states."""
     end = time.monotonic() + timeout
     while True:
@@ -202,7 +202,7 @@ def whole(cluster, clone, tmp_path, monkeypatch):
     env = {"ENV_PATH": sys.prefix, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
 
     def run(*words: object) -> str:
-        return cluster.run(sys.executable, "-m", "tools", *words, env=env, cwd=clone, timeout=90).stdout
+        return cluster.run(sys.executable, "-m", "tools", *words, env=env, cwd=clone, timeout=600).stdout
 
     return run
 

@@ -53,7 +53,7 @@ class Shell:
         filled = " ".join([filled.replace("JOBID", self.last), *map(shlex.quote, more)])
         script = "; ".join(["set -o pipefail", *self.exported, filled])
         done = self.cluster.run(
-            *wrap, "bash", "-c", script, env=self.env, cwd=self.clone, check=check, timeout=120
+            *wrap, "bash", "-c", script, env=self.env, cwd=self.clone, check=check, timeout=600
         )
         found = re.findall(r"^(?:Submitted batch|submitted) job (\d+)", done.stdout, re.MULTILINE)
         for job in found:
@@ -65,7 +65,7 @@ class Shell:
     def end_of(self, job: str) -> str:
         """Wait for a job; what it has printed, once it has done what its line promises."""
         what = self.jobs.pop(job, "")
-        state = self.cluster.wait_for(job, timeout=240)
+        state = self.cluster.wait_for(job, timeout=600)
         log = self.cluster.log(job)
         if what == "prepares" and state != "COMPLETED":  # there is no network here, and one line says so
             assert log.count("error: ") == 1 and "Traceback" not in log, log

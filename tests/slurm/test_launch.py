@@ -341,7 +341,7 @@ def test_of_two_launches_of_a_name_at_one_instant_one_is_refused(cluster, engagi
 def test_the_controller_away_during_a_submission(cluster, engaging, checkout):
     cluster.kill_slurmctld()
     try:
-        done = engaging("launch", "gpt2", "--name", "away", check=False, timeout=120)
+        done = engaging("launch", "gpt2", "--name", "away", check=False, timeout=600)
         assert done.returncode == 75 and "does not answer" in done.stderr and done.stderr.count("\n") == 1
         assert not (checkout / "out" / ".launch" / "away").exists()
     finally:

@@ -13,7 +13,7 @@ LONG = [*TINY, "--max_iters=100000", "--gradient_accumulation_steps=2", "--batch
 def stop(cluster, project, job: str, run: str) -> None:
     """Ask the run to stop by its file, as a user does, and see that the job ends and stays ended."""
     (project.root / "out" / run / "stop").touch()
-    cluster.wait_for(job, timeout=60)
+    cluster.wait_for(job, timeout=600)
     assert "stopped by its file 'stop'" in cluster.log(job)
 
 
@@ -170,14 +170,14 @@ def test_a_signal_before_the_trainer_listens_loses_nothing(cluster, project, sta
     )
     cluster.wait_until(lambda: "deaf" in cluster.log(job), 60)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    assert cluster.wait_for(job, ("COMPLETED", "FAILED"), timeout=90) == "COMPLETED", cluster.log(job)
+    assert cluster.wait_for(job, ("COMPLETED", "FAILED"), timeout=600) == "COMPLETED", cluster.log(job)
     assert "ended before it could save" in cluster.log(job)
     assert cluster.job(job)["Restarts"] == "1"
 
 
 def test_a_run_that_breaks_at_once_stops_after_three_times(cluster, project, slow_jobs):
     job = slow_jobs["breaks"]
-    assert cluster.wait_for(job, timeout=60) == "FAILED"
+    assert cluster.wait_for(job, timeout=600) == "FAILED"
     assert cluster.log(job).count("this trainer broke") == 3
     assert "3 times in a row without a new checkpoint" in cluster.log(job)
     assert cluster.job(job)["ExitCode"] == "1:0"
@@ -185,7 +185,7 @@ def test_a_run_that_breaks_at_once_stops_after_three_times(cluster, project, slo
 
 def test_the_time_limit_is_a_chain_of_attempts(cluster, project, slow_jobs):
     job = slow_jobs["time"]
-    assert cluster.wait_for(job, timeout=200) == "COMPLETED", cluster.log(job)
+    assert cluster.wait_for(job, timeout=600) == "COMPLETED", cluster.log(job)
     attempts = (project.root / "out/time/attempts").read_text().splitlines()
     assert len(attempts) == int(cluster.job(job)["Restarts"]) + 1 >= 2
     assert sorted(project.training(job, "time")) == list(range(1, 46))
@@ -195,7 +195,7 @@ def test_the_time_limit_is_a_chain_of_attempts(cluster, project, slow_jobs):
 
 def test_the_chain_ends_at_max_restarts(cluster, project, slow_jobs):
     job = slow_jobs["chain"]
-    assert cluster.wait_for(job, ("FAILED", "COMPLETED", "TIMEOUT"), timeout=200) == "FAILED"
+    assert cluster.wait_for(job, ("FAILED", "COMPLETED", "TIMEOUT"), timeout=600) == "FAILED"
     assert cluster.job(job)["ExitCode"] == "75:0"
     assert "has restarted 1 times (MAX_RESTARTS): submit it again" in cluster.log(job)
 

@@ -21,7 +21,7 @@ DTYPES = {
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def run_interpreted(file: str, timeout: float = 150) -> None:
+def run_interpreted(file: str, timeout: float = 600) -> None:
     """Run `python FILE`, which must print `equal` at its end."""
     done = subprocess.run(
         [sys.executable, file],

@@ -110,6 +110,7 @@ def _on_hopper(program: tuple, tmp_path: Path) -> None:
     assert spilled(built, tmp_path, HOPPER) <= 128, built.metadata.name
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("target", [AMPERE, LESSER])
 def test_both_fit_a_lesser_gpu(target, tmp_path, monkeypatch):
     """With some spilled registers, not with hundreds: their older tensor cores take all operands from registers."""

@@ -183,13 +183,15 @@ def main(capability: int) -> None:
     print("compiled")
 
 
-@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(other, marks=pytest.mark.campaign) for other in GPUS if other != 90)]
+)
 def test_all_launches(capability, tmp_path):
     pytest.importorskip("triton", reason="a torch without Triton has no kernels")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, __file__, str(capability)], env=env, capture_output=True, text=True, timeout=280
+        [sys.executable, __file__, str(capability)], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0 and done.stdout.endswith("compiled\n"), done.stderr[-3000:]
 

@@ -35,7 +35,7 @@ def engaging(clone: Path, *words: object, check: bool = True, **env: str) -> sub
     command = [sys.executable, "-m", "tools", "experiment", *map(str, words)]
     done = subprocess.run(
         command, cwd=clone, env=environment(**env), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=120,
+        timeout=600,
     )  # fmt: skip
     assert not check or done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done
@@ -44,7 +44,7 @@ def engaging(clone: Path, *words: object, check: bool = True, **env: str) -> sub
 def tools(clone: Path, *words: object) -> str:
     """What `engaging WORDS...` prints; a failure fails the test."""
     command = [sys.executable, "-m", "tools", *map(str, words)]
-    done = subprocess.run(command, cwd=clone, env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=clone, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done.stdout
 

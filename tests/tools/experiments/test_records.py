@@ -66,7 +66,7 @@ def test_many_collect_at_once(experiment):
         subprocess.Popen(command, cwd=kit.ROOT, stdout=subprocess.PIPE, text=True, env=kit.environment())
         for _ in range(6)
     ]
-    said = [process.communicate(timeout=60)[0].split() for process in running]
+    said = [process.communicate(timeout=600)[0].split() for process in running]
     assert said == [["finished"] * 6] * 6
     assert_whole(experiment.folder)
 

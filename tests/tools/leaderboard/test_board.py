@@ -200,7 +200,7 @@ def test_many_hand_in_at_once(tmp_path: Path) -> None:
     ]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=100) for _ in workers]
+    found = [results.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join()
     assert [first for first, _ in found] == [0] * count, found

@@ -29,10 +29,10 @@ from nanogpt.common.errors import UserError
 # attend(q, k, v, cu_seqlens, doc_start, doc_end, max_document, window) -> (T, H, D); see `Backend`.
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor], Tensor]
 
-# What `auto` takes, the first that runs here. On one H100, forward + backward of 49,152 tokens at windows 128 / 640 /
-# 1408: varlen 1.00 / 1.35 / 1.64 ms, fa3 1.30 / 1.69 / 1.50 ms. `triton` awaits measurement
-# (benchmarks/speedrun_attention.py) and moves to the front where it wins.
-PREFERRED = {"cuda": ("varlen", "triton", "reference"), "other": ("reference",)}
+# What `auto` takes, the first that runs here. On one H200 (torch 2.11.0+cu130), forward + backward of 49,152 tokens in 74
+# documents, 6 heads of 128, at windows 128 / 640 / 1408, by benchmarks/speedrun_attention.py: varlen 0.82 / 1.29 / 1.58 ms,
+# triton 0.48 / 0.99 / 1.22, fa3 (which has to be installed) 0.57 / 0.91 / 1.01.
+PREFERRED = {"cuda": ("triton", "varlen", "reference"), "other": ("reference",)}
 FA3_LIBRARY = "pip install --no-deps xformers==0.0.34 nvidia-cuda-runtime-cu12"
 
 

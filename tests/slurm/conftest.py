@@ -93,7 +93,7 @@ class Cluster:
             lambda: f"job {job}, wanted {wanted}: {self.job(job)}\n{self.log(job)}",
         )
 
-    def wait_until(self, condition, timeout: float, describe=lambda: "") -> object:
+    def wait_until(self, condition, timeout: float = 600, describe=lambda: "") -> object:
         """Poll `condition` until it returns something true; returns that."""
         limit = time.monotonic() + timeout
         while not (value := condition()):
@@ -130,7 +130,7 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Switch the node on again and wait until it can take jobs."""
         practice.start_node(self.folder, node)
-        self.wait_until(lambda: self.node_state(node) in ("idle", "mixed", "allocated"), 30)
+        self.wait_until(lambda: self.node_state(node) in ("idle", "mixed", "allocated"))
 
     def node_state(self, node: str) -> str:
         """The node's state as `sinfo` words it."""

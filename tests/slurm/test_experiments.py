@@ -110,7 +110,7 @@ def test_cancelled_half_way_resume_queues_exactly_the_missing(cluster, engaging,
     ).stdout
     job = said.partition(": job ")[2].partition(",")[0]
     cluster.wait_until(
-        lambda: [path for path in kit.experiments(clone, "cut") if kit.lines(path / "results.jsonl")], 60
+        lambda: [path for path in kit.experiments(clone, "cut") if kit.lines(path / "results.jsonl")]
     )
     queued = engaging("status", "cut").stdout
     assert (
@@ -119,7 +119,7 @@ def test_cancelled_half_way_resume_queues_exactly_the_missing(cluster, engaging,
     nothing = engaging("resume", "cut", "--dry-run").stdout
     assert "nothing was started" in nothing and "to start" not in nothing
     cluster.cancel(job)
-    cluster.wait_until(lambda: not cluster.run("squeue", "-h", "-j", job, check=False).stdout.strip(), 40)
+    cluster.wait_until(lambda: not cluster.run("squeue", "-h", "-j", job, check=False).stdout.strip())
     engaging("status", "cut")  # a run that ended as its job was cancelled gets its line here
     before = {path.name: kit.lines(path / "results.jsonl") for path in kit.experiments(clone, "cut")}
     missing = 6 - sum(map(len, before.values()))
@@ -165,9 +165,9 @@ def test_told_to_save_the_task_requeues_and_goes_on(cluster, engaging, clone, tm
     job = said.partition(": job ")[2].partition(",")[0]
     (folder,) = kit.experiments(clone, "told")
     metrics = folder / "runs" / "run_0_seed_7" / "metrics.jsonl"
-    cluster.wait_until(lambda: metrics.is_file() and '"train"' in metrics.read_text(), 40)
+    cluster.wait_until(lambda: metrics.is_file() and '"train"' in metrics.read_text())
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    cluster.wait_until(lambda: '"interrupted"' in metrics.read_text(), 20)
+    cluster.wait_until(lambda: '"interrupted"' in metrics.read_text())
     assert standings(engaging, "told")["told"] in (["queued"], ["running"])
     assert "nothing was started" in engaging("resume", "told").stdout
     assert wait(engaging, "told", {"finished"}) == {"told": ["finished"]}
@@ -216,7 +216,7 @@ def killed_and_resumed(cluster, engaging, clone: Path, job: str) -> None:
 
     def wait_for(run: str) -> None:
         path = f"experiment_logs/{run}/metrics.jsonl"
-        cluster.wait_until(lambda: [p for p in clone.glob(path) if '"train"' in p.read_text()], 60)
+        cluster.wait_until(lambda: [p for p in clone.glob(path) if '"train"' in p.read_text()])
 
     wait_for("a_curriculum*/runs/run_0_seed_42")  # the second
     states = [state for row in standings(engaging, "whole").values() for state in row]
@@ -224,7 +224,7 @@ def killed_and_resumed(cluster, engaging, clone: Path, job: str) -> None:
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_for("a_baseline*/runs/run_1_seed_43")  # the fifth
     cluster.cancel(job)
-    cluster.wait_until(lambda: not cluster.run("squeue", "-h", "-j", job, check=False).stdout.strip(), 40)
+    cluster.wait_until(lambda: not cluster.run("squeue", "-h", "-j", job, check=False).stdout.strip())
     engaging("status", "whole")
     before = results(clone)
     missing = 8 - sum(map(len, before.values()))

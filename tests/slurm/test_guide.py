@@ -104,7 +104,7 @@ def follow(shell: Shell, line: str) -> None:
     elif what == "waits for ever":
         shell.type(line)
         job = shell.last
-        shell.cluster.wait_until(lambda: shell.cluster.job(job)["Reason"].startswith("QOSMax"), 30)
+        shell.cluster.wait_until(lambda: shell.cluster.job(job)["Reason"].startswith("QOSMax"))
         assert shell.cluster.job(job)["Reason"] in ("QOSMaxGRESPerUser", "QOSMaxCpuPerUserLimit")
         assert "your own limit" in shell.type("engaging why JOBID").stdout
         said = shell.type("engaging doctor", check=False).stdout

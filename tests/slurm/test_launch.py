@@ -131,7 +131,7 @@ def test_later_edits_do_not_reach_a_queued_run(cluster, engaging, checkout):
         "queued",
     )
     job = job_of(checkout, "queued")
-    cluster.wait_until(lambda: "QOS" in cluster.job(job)["Reason"], 30)
+    cluster.wait_until(lambda: "QOS" in cluster.job(job)["Reason"])
     why = engaging("why", job).stdout
     assert "your own limit" in why and "allows 2, you hold 2" in why and "your other jobs end" in why
     (checkout / "slurm" / "lib" / "marker").write_text("new code\n")
@@ -172,13 +172,13 @@ def test_an_array_of_seeds_with_a_throttle_under_the_users_limit(cluster, engagi
     took = time.monotonic() - began
     job = job_of(checkout, "sweep")
     assert "100 seeds, 4 at once" in said  # the limit of mit_preemptable is 4 GPUs a user
-    cluster.wait_until(lambda: (checkout / "out" / "sweep-s1340" / "words").is_file(), 60)
+    cluster.wait_until(lambda: (checkout / "out" / "sweep-s1340" / "words").is_file())
     status = engaging("status", "sweep").stdout
     assert f"job {job} cancelled" in engaging("cancel", "sweep").stdout
     assert words_of(checkout, "sweep-s1338")[-1] == "--seed=1338"
     assert words_of(checkout, "sweep-s1338")[-3] == f"--out_dir={checkout}/out/sweep-s1338"
     assert "JobArrayTaskLimit" in status or "COMPLETED" in status
-    cluster.wait_until(lambda: not cluster.squeue("--jobs", job, "--states=PENDING,RUNNING").strip(), 30)
+    cluster.wait_until(lambda: not cluster.squeue("--jobs", job, "--states=PENDING,RUNNING").strip())
     assert took < 3 * slowness(), f"100 seeds took {took:.2f} s to submit"
 
 

@@ -40,7 +40,7 @@ def waiting(cluster, tmp_path_factory) -> dict[str, object]:
         *("-p", "pi_lab", "-w", "node5", "--no-requeue", "-o", "/dev/null"),
         *("--wrap", f"while :; do date +%s.%N > {beat}; sleep 0.1; done"),
     )
-    cluster.wait_until(beat.exists, 20)
+    cluster.wait_until(beat.exists)
     cluster.kill_slurmd("node5")
     cluster.wait_for(preempted, "RUNNING")
     owner = cluster.sbatch(
@@ -79,7 +79,7 @@ def test_user_limits_hold_jobs_back_by_name(cluster):
     try:
         cluster.wait_for(first, "RUNNING")
         for job in (second, third):
-            cluster.wait_until(lambda job=job: cluster.job(job)["Reason"] == "QOSMaxGRESPerUser", 10)
+            cluster.wait_until(lambda job=job: cluster.job(job)["Reason"] == "QOSMaxGRESPerUser")
     finally:
         cluster.cancel(first, second, third)
 
@@ -143,7 +143,7 @@ def test_a_preempted_job_is_warned_then_requeued(cluster, waiting):
     job = waiting["preempted"]
     cluster.wait_for(waiting["owner"], "COMPLETED", 60)
     cluster.wait_for(job, "RUNNING", 60)
-    cluster.wait_until(lambda: "attempt 1" in cluster.log(job), 10)
+    cluster.wait_until(lambda: "attempt 1" in cluster.log(job))
     assert "warned" in cluster.log(job)
     cluster.cancel(job)
 
@@ -152,7 +152,7 @@ def test_a_lost_node_goes_on_and_a_dead_one_does_not(cluster, waiting):
     beat = waiting["beat"]
     cluster.wait_for(waiting["lost"], "NODE_FAIL", 60)
     before = beat.read_text()
-    cluster.wait_until(lambda: beat.read_text() not in (before, ""), 5)  # the old attempt still writes
+    cluster.wait_until(lambda: beat.read_text() not in (before, ""))  # the old attempt still writes
     cluster.stop_node("node5")
     last = beat.read_text()
     with pytest.raises(AssertionError):

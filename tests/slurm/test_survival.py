@@ -126,8 +126,8 @@ def test_a_lost_node_does_not_spoil_the_run(cluster, project, undisturbed, lost)
     """The controller gives the job to another node, while the old attempt goes on writing until it is fenced off."""
     job, node = lost
     try:
-        cluster.wait_until(lambda: cluster.job(job)["Restarts"] == "1", 60)
-        cluster.wait_until(lambda: "attempt 2" in cluster.log(job), 60)
+        cluster.wait_until(lambda: cluster.job(job)["Restarts"] == "1")
+        cluster.wait_until(lambda: "attempt 2" in cluster.log(job))
         before = max(project.training(job, "lost"))
         project.wait_for_step(job, "lost", before + 60, 120)
         assert cluster.nodes_of(job) != [node]
@@ -146,12 +146,11 @@ def test_an_array_task_requeues_itself_alone(cluster, project, standin, steady):
     runs = [project.root / f"out/speedrun-{job}-{task}" for task in range(3)]
     cluster.wait_until(
         lambda: all((run / "metrics.jsonl").exists() for run in runs),
-        60,
-        lambda: "\n".join(cluster.log(f"{job}_{task}") for task in range(3)),
+        describe=lambda: "\n".join(cluster.log(f"{job}_{task}") for task in range(3)),
     )
     cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_2")  # the last task's id is the array's own
     for task in range(3):
-        cluster.wait_until(lambda task=task: cluster.state(f"{job}_{task}") == "COMPLETED", 60)
+        cluster.wait_until(lambda task=task: cluster.state(f"{job}_{task}") == "COMPLETED")
     assert [len((run / "attempts").read_text().splitlines()) for run in runs] == [1, 1, 2]
 
 
@@ -168,7 +167,7 @@ def test_a_signal_before_the_trainer_listens_loses_nothing(cluster, project, sta
     job = project.sbatch(
         *options, "slurm/modded/train_speedrun.sh", "--out_dir=out/deaf", SPEEDRUN_TRAINER=str(deaf)
     )
-    cluster.wait_until(lambda: "deaf" in cluster.log(job), 60)
+    cluster.wait_until(lambda: "deaf" in cluster.log(job))
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.wait_for(job, ("COMPLETED", "FAILED"), timeout=600) == "COMPLETED", cluster.log(job)
     assert "ended before it could save" in cluster.log(job)

@@ -29,9 +29,9 @@ from nanogpt.common.errors import UserError
 # attend(q, k, v, cu_seqlens, doc_start, doc_end, max_document, window) -> (T, H, D); see `Backend`.
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor], Tensor]
 
-# What `auto` takes, the first that runs here. On one H200 (torch 2.11.0+cu130), forward + backward of 49,152 tokens in 74
-# documents, 6 heads of 128, at windows 128 / 640 / 1408, by benchmarks/speedrun_attention.py: varlen 0.82 / 1.29 / 1.58 ms,
-# triton 0.48 / 0.99 / 1.22, fa3 (which has to be installed) 0.57 / 0.91 / 1.01.
+# What `auto` takes, the first that runs here. Forward and backward of 49,152 tokens in 74 documents, 6 heads of 128, at
+# windows 128 / 640 / 1408: varlen 0.82 / 1.29 / 1.58 ms, triton 0.48 / 0.99 / 1.22, fa3 (which has to be installed)
+# 0.57 / 0.91 / 1.01; benchmarks/speedrun_attention.py on one H200, torch 2.11.0+cu130.
 PREFERRED = {"cuda": ("triton", "varlen", "reference"), "other": ("reference",)}
 FA3_LIBRARY = "pip install --no-deps xformers==0.0.34 nvidia-cuda-runtime-cu12"
 

@@ -1,10 +1,12 @@
 """A stand-in for modded_nanogpt/train_gpt_simple.py without torch: its flags, variables and run directory.
 
 The loss is a function of variant, seed and step. --plan trains several runs in one process. Asked to stop it saves its
-step and ends with 75; --break_seed ends with 1, --nan_seed with 70, --pause sleeps at each step.
+step and ends with 75; --break_seed ends with 1, --nan_seed with 70, --pause sleeps at each step. --gate is a folder:
+the first run that comes to it passes, the others wait until it holds a file `open`.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -21,7 +23,9 @@ asked = []
 def parse(argv):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("preset", nargs="*")
-    for name, default in (("out_dir", ""), ("variant", "baseline"), ("optimizer", "muon"), ("plan", "")):
+    for name, default in (
+        ("out_dir", ""), ("variant", "baseline"), ("optimizer", "muon"), ("plan", ""), ("gate", ""),
+    ):  # fmt: skip
         parser.add_argument(f"--{name}", default=default)
     parser.add_argument("--auto_resume", default="false")
     parser.add_argument("--check", default="false")
@@ -92,6 +96,7 @@ def train(args):
             if args.seed == args.nan_seed:
                 return 70
             time.sleep(args.pause)
+            wait_at(args.gate)
             write(
                 event="train",
                 step=step,
@@ -101,6 +106,16 @@ def train(args):
                 train_ms=(step + 1) * 10.0,
             )
             step += 1
+
+
+def wait_at(gate):
+    if not gate:
+        return
+    with contextlib.suppress(FileExistsError):
+        (Path(gate) / "first").symlink_to(str(os.getpid()))
+    first = str((Path(gate) / "first").readlink()) == str(os.getpid())
+    while not first and not asked and not (Path(gate) / "open").exists():
+        time.sleep(0.05)
 
 
 def loss_of(args, step):

@@ -36,6 +36,7 @@ class Settings:
     max_document: int = knob(2048, "longest document", low=SHORTEST)
     n_head: int = knob(6, "attention heads", low=2)
     head_dim: int = knob(128, "dimensions of a head", low=16)
+    value_dim: int = knob(0, "dimensions of its values; 0: as many", low=0)
     windows: str = knob("128,640,1408,1664", "how far back a query sees, with commas")
     backends: str = knob(
         "varlen,triton,fa3", "what to measure, with commas; the first is what ratios refer to"
@@ -74,13 +75,15 @@ def main(argv: list[str]) -> None:
         raise UserError("speedrun_attention: no CUDA GPU on this machine; run it on a node that has one")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
     lengths = document_lengths(settings.documents, settings.tokens, settings.max_document)
-    heads, size = settings.n_head, settings.head_dim
+    heads, sizes = settings.n_head, (settings.head_dim, settings.value_dim or settings.head_dim)
     forms = {
-        "single": make_problem(lengths, heads, size),
-        "paired": make_problem([2 * length for length in lengths], heads // 2, size),
+        "single": make_problem(lengths, heads, *sizes),
+        "paired": make_problem([2 * length for length in lengths], heads // 2, *sizes),
     }
     rows = measure_backends(forms, windows, settings)
-    composition = or_fault(measure_composition, forms["single"], settings)
+    composition = {}
+    if sizes[0] == sizes[1]:
+        composition = or_fault(measure_composition, forms["single"], settings)
     tiles = {}
     if settings.sweep:
         for form, problem in forms.items():
@@ -119,7 +122,7 @@ def document_lengths(documents: int, tokens: int, longest: int) -> list[int]:
     return lengths
 
 
-def make_problem(lengths: list[int], heads: int, size: int) -> Problem:
+def make_problem(lengths: list[int], heads: int, size: int, value_size: int) -> Problem:
     """Random q (scaled as the trainer scales it), k, v and gradient for these documents."""
     import torch
 
@@ -131,8 +134,8 @@ def make_problem(lengths: list[int], heads: int, size: int) -> Problem:
     cu_seqlens = torch.cat([ends, ends[-1:].expand(53)]).to(
         "cuda", torch.int32
     )  # 128 entries, as the loader's
-    shape = (tokens, heads, size)
-    tensors = [torch.randn(shape, device="cuda", generator=generator).bfloat16() for _ in range(4)]
+    shapes = [(tokens, heads, width) for width in (size, size, value_size, value_size)]
+    tensors = [torch.randn(shape, device="cuda", generator=generator).bfloat16() for shape in shapes]
     tensors[0] *= 0.12
     return Problem(lengths, cu_seqlens, *documents(cu_seqlens, tokens), tensors)
 
@@ -197,8 +200,9 @@ def _measure_one(attend: Callable, problem: Problem, window: int, settings: Sett
 
     row["forward_ms"] = milliseconds(forward, settings.rounds)
     row["both_ms"] = milliseconds(both, settings.rounds)
-    # 2 products forward, 5 backward, 2 operations for each pair and dimension.
-    row["tflops"] = 14e-9 * problem.pairs(window) * q.shape[1] * q.shape[2] / row["both_ms"]
+    # Of 2 products forward and 5 backward 4 sum over the keys' dimensions and 3 over the values'; 2 operations each.
+    sizes = 4 * q.shape[2] + 3 * v.shape[2]
+    row["tflops"] = 2e-9 * problem.pairs(window) * q.shape[1] * sizes / row["both_ms"]
     return row
 
 
@@ -300,7 +304,7 @@ def sweep(problem: Problem, window: int, rounds: int) -> dict[str, list]:
     q, k, v, grad = problem.tensors
     base = packed.plan_for(q, window)
     out, lse = packed.forward(q, k, v, problem.doc_start, window, base.forward)
-    shapes = [(128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4)]
+    shapes = [(128, 128, 8), (128, 64, 8), (128, 32, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (64, 32, 4)]
     candidates = [packed.Tiles(*shape, stages) for shape in shapes for stages in (2, 3)]
     bounds = (problem.doc_start, problem.doc_end, window)
     calls = {

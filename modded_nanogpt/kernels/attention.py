@@ -37,14 +37,12 @@ class Plan:
     key_gradient: Tiles
 
 
-# Hopper and Blackwell data-centre GPUs. At 128 dimensions a tile of 128 queries reads 512 bytes for each key and does
-# 65,536 operations with them; half as many rows would leave an H100 waiting for its L2 cache at long windows. At short
-# ones little is read anyway, and two small programs on one multiprocessor hide each other's start and end.
-# Reasoned, and compiled (tests/modded/kernels/test_fits_gpus.py); on an H200 they take 0.58 to 0.78 of FlashAttention
-# 2's time (docs/performance.md). benchmarks/speedrun_attention.py --sweep=true tries others.
+# Hopper and Blackwell data-centre GPUs: the fastest of seven shapes with two and three stages at windows 128, 640, by
+# benchmarks/speedrun_attention.py --sweep=true on an H200, torch 2.11.0+cu130. Small programs win: several share a
+# multiprocessor and hide each other's start and end.
 SHORT_WINDOW = 256
-LARGE_SHORT = Plan(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 3))
-LARGE_LONG = Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3))
+LARGE_SHORT = Plan(Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 3))
+LARGE_LONG = Plan(Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 3))
 # Elsewhere (sm_80, 86, 89, 120) the tensor cores take their operands from registers, and large tiles would spill them.
 SMALL = Plan(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2))
 

@@ -8,6 +8,7 @@ WORKERS ?= 3
 GPUS ?=
 NEED_ENV = { test -e "$$ENV_PATH/.engaging-nanogpt" || { echo "error: ENV_PATH: $$ENV_PATH: no environment there; make it: make environment" >&2; exit 2; }; }
 PYTHON = "$$ENV_PATH/bin/python"
+RERUNS = --reruns 2 -raR --rerun-show-tracebacks
 SCRIPTS = git ls-files -z '*.sh' .ci/run | xargs -0 "$$ENV_PATH/bin/shellcheck" -x
 
 .DEFAULT_GOAL := help
@@ -21,7 +22,7 @@ quickstart: ## environment, data, training, a sample, a plot: the main job, end 
 
 test: ## environment for developers, everything the tests need, all tests
 	@bash setup_env.sh --dev --brief && $(MAKE) --no-print-directory lint && \
-		$(PYTHON) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
+		$(PYTHON) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(RERUNS) $(ARGS)
 
 environment: ## the Python environment alone (ARGS=--help says what it takes)
 	@bash setup_env.sh $(ARGS)

@@ -4,6 +4,7 @@ set -euo pipefail
 
 readonly PYTHON_OF_CONDA=3.12
 readonly MIN_DRIVER_CU13=580 MIN_DRIVER_CU12=525  # NVIDIA's minimum drivers for CUDA 13 and CUDA 12
+readonly MIN_TMP_GB=12 # what pip needs to unpack torch for CUDA
 readonly TORCH_FOR_CU12=https://download.pytorch.org/whl/cu126
 
 usage() {
@@ -47,10 +48,24 @@ die() {
     exit 2
 }
 
-stopped() { # a trap waits for what runs (pip puts its own words on the terminal), then goes before any `|| die`
-    say "stopped by Ctrl-C; what is done stays, and the same command goes on" >&2
-    trap - INT
-    exit 130
+# Ctrl-C reaches every process of the terminal's group. A Python that it meets while starting dies with a fatal error
+# of its own, and pip blames the network. So what takes long runs in a group of its own, and this script ends it.
+run() {
+    set -m
+    "$@" </dev/null &
+    set +m
+    wait $!
+}
+
+stopped() { # a trap, which comes before any `|| die`
+    trap '' INT TERM HUP
+    local child
+    for child in $(jobs -p); do
+        kill -TERM -- "-$child" 2>/dev/null || true
+        wait "$child" 2>/dev/null || true
+    done
+    say "stopped by $1; what is done stays, and the same command goes on" >&2
+    exit "$2"
 }
 
 parse_options() {
@@ -108,7 +123,11 @@ locate() {
 }
 
 # The environment's own Python decides what is complete; `tool` runs it where this clone's packages are found.
-tool() { (cd "$root" && "$python" -m tools.environment "$@"); }
+# Call it in a subshell, $() or `run`: it ends the shell that it runs in, and is not for Ctrl-C to interrupt.
+tool() {
+    trap '' INT
+    cd "$root" && exec "$python" -m tools.environment "$@"
+}
 
 stamped() { sed -n "s/^$1=//p" "$stamp" 2>/dev/null || true; }
 
@@ -189,11 +208,20 @@ check_place() {
     free=$(free_gb "$env_path")
     [ "$free" -ge "$need" ] ||
         die "ENV_PATH: $env_path: $free GB free, $need GB needed; free some, or set ENV_PATH to another disk"
-    if [ "$need" -gt 4 ] && [ "$(free_gb "${TMPDIR:-/tmp}")" -lt 4 ]; then
-        export TMPDIR=$env_path.tmp
-        mkdir -p "$TMPDIR"
-        say "the temporary folder is small, so pip unpacks in $TMPDIR"
+}
+
+own_tmpdir() { # where pip unpacks; an interrupted pip leaves gigabytes there, so it is ours and goes when we go
+    local place=${TMPDIR:-/tmp}
+    rm -rf "$env_path.tmp"
+    if [ "$(free_gb "$place")" -lt $MIN_TMP_GB ]; then
+        say "$place has less than $MIN_TMP_GB GB free, so pip unpacks in $env_path.tmp"
+        TMPDIR=$env_path.tmp
+        mkdir "$TMPDIR" || die "$TMPDIR: cannot be made; free space, or set ENV_PATH to another place"
+    else
+        TMPDIR=$(mktemp -d "$place/setup_env.XXXXXX") || die "TMPDIR: $place: cannot be written; name another folder"
     fi
+    export TMPDIR
+    trap 'rm -rf "$TMPDIR"' EXIT
 }
 
 unfinished() { # what a set-up that did not come to its end was doing
@@ -224,15 +252,12 @@ create() {
     rm -rf "$env_path"
     if [ -n "$conda_sh" ]; then
         say "[1/3] conda environment with Python $PYTHON_OF_CONDA (conda: $conda_from)"
-        (
-            set +eu # conda's own functions do not stand either
-            # shellcheck disable=SC1090
-            . "$conda_sh" &&
-                conda create -y -p "$env_path" --override-channels -c conda-forge "python=$PYTHON_OF_CONDA" pip
-        ) || die "conda could not create $env_path (above); run this again, or with --no-conda for a venv"
+        run "${conda_sh%/etc/profile.d/conda.sh}/bin/conda" create -y -p "$env_path" \
+            --override-channels -c conda-forge "python=$PYTHON_OF_CONDA" pip ||
+            die "conda could not create $env_path (above); run this again, or with --no-conda for a venv"
     else
         say "[1/3] no conda here, so a venv with the system's $("$base_python" --version) ($base_python)"
-        "$base_python" -m venv "$env_path" ||
+        run "$base_python" -m venv "$env_path" ||
             die "$base_python could not make a venv in $env_path (above); free space, or set ENV_PYTHON"
     fi
     [ -x "$python" ] || die "$env_path: holds no bin/python after its creation; run: bash setup_env.sh --rebuild"
@@ -240,8 +265,10 @@ create() {
     record installing
 }
 
+pip() { cd "$root" && exec "$python" -m pip "$@"; }
+
 pip_install() {
-    (cd "$root" && "$python" -m pip install --no-input "$@") ||
+    run pip install --no-input "$@" ||
         die "pip could not install everything (above); what is done stays: check the network and run this again"
 }
 
@@ -251,7 +278,7 @@ install_torch() { # the second step of `install_packages`; with the default inde
         if [ "$torch_index" = any ]; then torch_index=$had; fi
         if [ "$torch_index" != "$had" ]; then
             say "torch is replaced: it came from ${had:-the default index of pip}"
-            "$python" -m pip uninstall -y torch triton || true
+            run pip uninstall -y torch triton || true
         fi
     elif [ "$torch_index" = any ]; then
         torch_index=""
@@ -286,9 +313,8 @@ install_packages() {
         say "      $lacking: this torch (a CPU build) brings none, and the tests of the kernels need it"
         pip_install "$lacking"
     fi
-    tool stamp --extras "$extras" --torch_index "$torch_index"
+    run tool stamp --extras "$extras" --torch_index "$torch_index"
     record "done"
-    rm -rf "$env_path.tmp"
 }
 
 finish() {
@@ -297,7 +323,7 @@ finish() {
         return
     fi
     say "importing everything once"
-    tool report --extras "$extras"
+    run tool report --extras "$extras"
     say "ready: $env_path"
     if [ "$brief" = yes ]; then return; fi # make goes on with what it was asked for
     say "next: make quickstart     (or, for a shell of your own: source activate_env.sh)"
@@ -305,7 +331,9 @@ finish() {
 
 main() {
     local why="" extra
-    trap stopped INT
+    trap 'stopped Ctrl-C 130' INT
+    trap 'stopped SIGTERM 143' TERM
+    trap 'stopped "the end of its terminal" 129' HUP
     parse_options "$@"
     locate
     # shellcheck source=slurm/lib/env.sh
@@ -338,11 +366,12 @@ main() {
         finish complete
         return
     fi
+    own_tmpdir
     say "$env_path: ${why:-to be made}"
     if [ -n "$conda_sh$base_python" ]; then
         create
     elif [ "$(state)" = installing ]; then
-        tool repair
+        run tool repair
     fi
     install_packages
     finish new

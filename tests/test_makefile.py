@@ -109,7 +109,8 @@ def test_default_target_lists_every_target(make):
                 "python -m ruff check .",
                 "python -m ruff format --check .",
                 "shellcheck -x setup_env.sh",
-                "python -m pytest -n 3 --dist loadscope --no-loadscope-reorder -k shards",
+                "python -m pytest -n 3 --dist loadscope --no-loadscope-reorder"
+                " --reruns 2 -raR --rerun-show-tracebacks -k shards",
             ],
         ),
     ],

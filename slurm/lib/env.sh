@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Where an environment's Python comes from: a conda that is there, the system's Python, or Miniforge.
-# Sourced by setup_env.sh, whose `say` and `die` it uses. Sets conda_sh, conda_from and base_python, empty where there
+# Sourced by setup_env.sh, whose `say`, `die` and `run` it uses. Sets conda_sh, conda_from and base_python, empty where there
 # is none.
 # shellcheck disable=SC2034  # set for setup_env.sh
 
@@ -122,14 +122,14 @@ install_miniforge() {
     folder=$(mktemp -d "$HOME/.miniforge.XXXXXX") || die "Miniforge: $HOME cannot be written"
     trap 'rm -rf "$folder"' EXIT
     say "downloading Miniforge $MINIFORGE_VERSION"
-    download "$url" "$folder/$file" ||
+    run download "$url" "$folder/$file" ||
         die "Miniforge: $url: could not be downloaded; check the network, or set MINIFORGE_URL"
     have=$(sha256_of "$folder/$file")
     [ "$have" = "$want" ] || die "Miniforge: $url: SHA-256 is $have, expected $want; it was not run"
     say "installing Miniforge in $prefix"
     : >"$prefix.setup" # until it is gone the folder is half made
     rm -rf "$prefix"
-    bash "$folder/$file" -b -p "$prefix" || die "Miniforge: its installer failed (above); run this again"
+    run bash "$folder/$file" -b -p "$prefix" || die "Miniforge: its installer failed (above); run this again"
     rm -f "$prefix.setup"
     rm -rf "$folder"
     trap - EXIT

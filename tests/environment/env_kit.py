@@ -1,6 +1,8 @@
 """What the tests of the environment ask again and again."""
 
+import contextlib
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -27,6 +29,19 @@ def refused(done: subprocess.CompletedProcess, *words: str) -> None:
     assert done.stderr.count("\n") == 1, done.stderr
     for word in words:
         assert word in done.stderr
+
+
+def kill_session(leader: subprocess.Popen) -> None:
+    """SIGKILL to every process of the session that `leader` (started with start_new_session) opened."""
+    while True:
+        listed = subprocess.run(["ps", "-A", "-o", "pid=,sess=,stat="], capture_output=True, text=True).stdout
+        rows = [line.split() for line in listed.splitlines()]
+        left = [int(pid) for pid, session, stat in rows if int(session) == leader.pid and stat[0] != "Z"]
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def without_network() -> tuple[str, ...]:

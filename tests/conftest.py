@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.budget import Budget
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -119,7 +121,8 @@ def _scope(nodeid: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a CI machine (CI is set) the SLURM tests must run."""
+    """What the suite costs is printed; on a CI machine (CI is set) the SLURM tests must run."""
+    config.pluginmanager.register(Budget(), "budget")
     if os.environ.get("CI"):
         config.pluginmanager.register(_SlurmGate(), "slurm-gate")
 

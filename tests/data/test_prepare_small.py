@@ -143,12 +143,9 @@ def test_vocabulary_that_cannot_be_had(run_python, tmp_path: Path, mirror: Path)
 
 
 @pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare", "python_source", "openwebtext"])
-def test_help_is_fast_and_flags_are_checked(run_python, name: str) -> None:
-    began = time.perf_counter()
+def test_help_imports_nothing_heavy_and_flags_are_checked(run_python, name: str) -> None:
     done = run_python("-X", "importtime", script(name), "--help")
-    seconds = time.perf_counter() - began
     assert done.returncode == 0 and "--data_root" in done.stdout
-    assert seconds < 1.0, "0.5 s is the aim; twice that on a machine that is busy with other tests"
     for heavy in ("torch", "datasets", "tiktoken", "numpy"):
         assert f"| {heavy}\n" not in done.stderr and f" {heavy}\n" not in done.stderr
     refused(run_python(script(name), "--data_rot=x"), 2, "--data_rot", "did you mean '--data_root'")

@@ -176,6 +176,7 @@ def toy_copy(folder: Path, factor: int) -> Path:
     return folder
 
 
+@pytest.mark.campaign  # two cold compiles
 def test_a_compiled_graph_is_found_from_another_copy_on_another_node(tmp_path):
     """Packed by one process, unpacked by another: nothing is compiled, though source and cache lie elsewhere.
 

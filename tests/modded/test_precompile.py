@@ -68,6 +68,7 @@ def test_a_blank_lane_has_the_shapes_of_a_real_one():
     )
 
 
+@pytest.mark.campaign  # two cold compiles
 @pytest.mark.skipif(
     not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU; no g++ here"
 )

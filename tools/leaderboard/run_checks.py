@@ -36,7 +36,7 @@ TITLES = {
 }
 _ABOVE = re.compile(r"the loss [\d.]+ is above the target")
 _OWN_TRACK = re.compile(
-    _ABOVE.pattern + r"|track \w+ has no record|the data set is \S+, not |validated on [\d,]+ "
+    _ABOVE.pattern + r"|the recipe \w+ has no record|the data set is \S+, not |validated on [\d,]+ "
 )
 START_MARGIN = 0.75  # nats around ln(vocabulary) before training
 # What the trainers print of a step. Some count a step from 0, when it begins, some from 1, when it is done.

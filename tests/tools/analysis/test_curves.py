@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -188,11 +187,3 @@ def test_the_fast_way_takes_nothing_that_the_slow_way_refuses(ends: list[bytes])
     if lines.parse(data) is not None:
         for line in data.splitlines():
             strict.loads(line)
-
-
-def test_plain_lines_take_the_fast_way(tmp_path: Path) -> None:
-    # 15 million points in 20 s on two CPUs is 2.6 us a point; the slow way takes ten times as long
-    run = study_kit.write_run(tmp_path / "run", 3.3, steps=20_000)
-    began = time.process_time()
-    found = curves.read_run(run / "metrics.jsonl")
-    assert (time.process_time() - began) / found.lines < 8e-6 and found.lines > 20_000

@@ -1,5 +1,6 @@
 """The board's folder: what a record claims against its evidence, writers at once, nothing lost."""
 
+import datetime
 import json
 import lzma
 import multiprocessing
@@ -167,7 +168,8 @@ def test_of_two_that_are_one_the_earlier_stays(board: Path, capsys: pytest.Captu
 
     logs = [run["files"]["log.txt"]["sha256"] for run in record["runs"]]
     copy["id"] = record_id("track1", "negative", logs)
-    copy["submitted"] = record["submitted"].replace("2026", "2027", 0)
+    later = datetime.datetime.fromisoformat(record["submitted"]) + datetime.timedelta(microseconds=1)
+    copy["submitted"] = later.isoformat()
     (board / "records" / f"{copy['id']}.json").write_text(json.dumps(copy))
     assert command.main(["verify", str(board)]) == command.EXIT_REFUSED
     said = capsys.readouterr().out

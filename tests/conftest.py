@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.budget import Budget
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -121,8 +119,7 @@ def _scope(nodeid: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What the suite costs is printed; on a CI machine (CI is set) the SLURM tests must run."""
-    config.pluginmanager.register(Budget(), "budget")
+    """On a CI machine (CI is set) the SLURM tests must run."""
     if os.environ.get("CI"):
         config.pluginmanager.register(_SlurmGate(), "slurm-gate")
 

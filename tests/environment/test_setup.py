@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from tools import environment
 
 TOOLS = ("--extras", "tools")
+NEEDED = "bash dirname cat sed grep df awk rm ls mkdir flock sleep uname"  # all that a refusal may start
 
 
 def listing(folder: Path) -> list[str]:
@@ -213,7 +214,7 @@ def test_too_old_a_python_is_named(setup, tmp_path):
     """No conda, and only a Python that is too old: what it is, what is needed, what to do."""
     tools = tmp_path / "only"
     tools.mkdir()
-    for name in "bash dirname cat sed grep df awk rm ls mkdir flock sleep uname".split():
+    for name in NEEDED.split():
         (tools / name).symlink_to(shutil.which(name))
     refused(setup(PATH=str(tools), ENV_PYTHON=""), "no Python", "--install-miniforge")
     old = tools / "python3"

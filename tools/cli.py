@@ -131,5 +131,5 @@ def main(argv: list[str]) -> int:
 
 
 def entry() -> None:
-    """The console script `engaging`."""
+    """What tools/bin/engaging and `python -m tools` call."""
     run_command(main)

@@ -85,7 +85,7 @@ def made_small(command: str, clone: Path) -> tuple[list[str], Path]:
     inside = command.startswith("cd nanogpt && ")
     words = shlex.split(command.removeprefix("cd nanogpt && "))
     if words[0] == "engaging":
-        words = ["python", "-m", "tools", *words[1:]]
+        words[0] = str(clone / "tools/bin/engaging")
     kind = next((kind for kind in APPENDED if f"nanogpt.{kind}" in words or f"{kind}.py" in words), "")
     words += APPENDED.get(kind, ())
     if words[0] == "python":

@@ -49,7 +49,8 @@ class Config:
     accept_changed: str = knob("", "resume although these changed: any of code,config,data,torch")
     check: bool = knob(False, "check everything that needs no GPU, print the plan and stop")
     # What is trained, and how long.
-    recipe: str = knob("record", "model, stages and target: record (to 3.28), medium (to 2.92), or tiny ones for CPUs",
+    recipe: str = knob("record", "model, stages and target: record and snapshot (to 3.28), medium (to 2.92), or tiny "
+                      "ones for CPUs",
                       choices=tuple(layer_plan.SIZES))  # fmt: skip
     steps: int = knob(0, "scheduled steps; 0: the recipe's own number", low=0, high=10**7)
     extension_steps: int = knob(

@@ -35,7 +35,7 @@ class Size:
     bigram_rows: int = 0  # of the bigram hash table; the last one stands for "no previous token"
     sign_rows: int = 0  # of the table of random signs
     value_tables: int = 5
-    # Channels that the sigmoid gates (smear, value embeddings; medium: all of them) look at.
+    # Channels that the sigmoid gates (smear, value embeddings; medium and snapshot: all of them) look at.
     gate_dims: int = 12
     # The recipe whose model this is in another size: its layers, forward pass and optimizer rows.
     make: str = "record"
@@ -43,15 +43,18 @@ class Size:
 
 SIZES: dict[str, Size] = {
     "record": Size(11, 768, 6, 128, 3072, bigram_rows=377_280, sign_rows=8192),
+    "snapshot": Size(11, 768, 6, 128, 3072, bigram_rows=251_520, make="snapshot"),
     "medium": Size(16, 1024, 8, 128, 4096, gate_dims=16, make="medium"),
     "tiny": Size(11, 96, 6, 16, 384, bigram_rows=4096, sign_rows=64),
+    "tiny_snapshot": Size(11, 96, 6, 16, 384, bigram_rows=4096, make="snapshot"),
     "tiny_medium": Size(16, 64, 4, 16, 256, gate_dims=16, make="medium"),
 }
-CPU_RECIPES = ("tiny", "tiny_medium")  # small enough to train without a GPU
+CPU_RECIPES = ("tiny", "tiny_snapshot", "tiny_medium")  # small enough to train without a GPU
 
 # Techniques that a make has no place for; its preset switches them off, and switching one on is refused.
 LACKS: dict[str, tuple[str, ...]] = {
     "record": (),
+    "snapshot": ("bigram_signs", "cached_attention", "input_gates", "mudd", "xsa", "dc"),
     "medium": ("paired_heads", "bigram", "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa", "dc",
                "attention_at_6"),
 }  # fmt: skip
@@ -125,6 +128,15 @@ _MAPS: dict[str, _Map] = {  # by make
         mudd=10,
         mudd_sources=(3, 7),
         dc=(10,),
+    ),
+    "snapshot": _Map(
+        long=(3, 10),
+        without_attention=(6,),
+        paired=(0, 2, 5, 9),
+        value_embeds=((0, 0), (1, 1), (8, 2), (9, 3), (10, 4)),
+        attention_gates=(0, 1, 2, 3, 4, 5, 7, 8, 9, 10),
+        skips=((3, 6),),
+        backout=7,
     ),
     "medium": _Map(
         long=(0, 4, 11, 15),
@@ -200,9 +212,9 @@ def gates(config: "Config") -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:
     """The outputs of the two gate networks in the order of their columns: 26 and 41 in the record.
 
     Without `input_gates` the same entries are learned numbers, laid out the same way, the first network's first. The
-    medium model has none: its gates are sigmoids of a few channels.
+    snapshot's and the medium model have none: their gates are sigmoids of a few channels.
     """
-    if SIZES[config.recipe].make == "medium":
+    if SIZES[config.recipe].make != "record":
         return (), ()
     plan, heads = layers(config), size(config).heads
     tiers: tuple[list[Gate], list[Gate]] = ([], [])

@@ -6,7 +6,7 @@ the loss is that of the first 10,485,760 validation tokens, and all is timed but
 
 import bisect
 
-from modded_nanogpt import schedule
+from modded_nanogpt import layer_plan, schedule
 from modded_nanogpt.config import Config, Plan
 
 VAL_TOKENS = 10_485_760
@@ -41,7 +41,7 @@ def reasons_against(
 ) -> list[str]:
     """Why the run is not eligible for a record, one phrase each; empty when it is."""
     found = []
-    if config.recipe not in ("record", "medium"):
+    if config.recipe in layer_plan.CPU_RECIPES:
         found.append(f"the recipe {config.recipe} has no record")
     if config.dataset not in DATASETS:
         found.append(f"the data set is {config.dataset}, not FineWeb")

@@ -93,12 +93,13 @@ def _medium(
     )
 
 
-STAGES: dict[str, Recipe] = {
-    "record": Recipe(
-        steps=1270,
-        extension_steps=15,
+def _thirds(steps: int, extension_steps: int, first_document: int) -> Recipe:
+    """Three stages and an extension; documents of the first stage are cut at `first_document` tokens."""
+    return Recipe(
+        steps=steps,
+        extension_steps=extension_steps,
         stages=(
-            _blocks("1", 131_072, 896, 1, 3, 1.0, MTP_THREE, (0.25, 0.25)),
+            _blocks("1", 131_072, first_document, 1, 3, 1.0, MTP_THREE, (0.25, 0.25)),
             _blocks("2", 262_144, 2048, 3, 7, 1.52, MTP_TWO, (0.25, 0.0)),
             _blocks("3", 393_216, 2048, 5, 11, 1.73),
         ),
@@ -108,23 +109,31 @@ STAGES: dict[str, Recipe] = {
         constant_batch=1,
         yarn_limit=13 * BLOCK,
         target_loss=3.28,
+    )
+
+
+_TINY = Recipe(
+    steps=48,
+    extension_steps=3,
+    stages=(
+        Stage("1", 2048, 96, 16, 32, 1.0, MTP_THREE, (0.25, 0.25)),
+        Stage("2", 4096, 256, 16, 48, 1.52, MTP_TWO, (0.25, 0.0)),
+        Stage("3", 6144, 256, 24, 56, 1.73),
     ),
+    extension=Stage("extension", 6144, 256, 32, 64, 1.73),
+    final_window=(32, 96),
+    untie_after=2,
+    constant_batch=1,
+    yarn_limit=64,
+    target_loss=0.0,
+)
+
+STAGES: dict[str, Recipe] = {
+    "record": _thirds(1270, 15, first_document=896),
+    "snapshot": _thirds(1515, 40, first_document=2048),
     "medium": _medium(4700, 40, batch=131_072, document=4096, block=BLOCK, target_loss=2.92),
-    "tiny": Recipe(
-        steps=48,
-        extension_steps=3,
-        stages=(
-            Stage("1", 2048, 96, 16, 32, 1.0, MTP_THREE, (0.25, 0.25)),
-            Stage("2", 4096, 256, 16, 48, 1.52, MTP_TWO, (0.25, 0.0)),
-            Stage("3", 6144, 256, 24, 56, 1.73),
-        ),
-        extension=Stage("extension", 6144, 256, 32, 64, 1.73),
-        final_window=(32, 96),
-        untie_after=2,
-        constant_batch=1,
-        yarn_limit=64,
-        target_loss=0.0,
-    ),
+    "tiny": _TINY,
+    "tiny_snapshot": _TINY,
     "tiny_medium": _medium(48, 3, batch=1024, document=256, block=8, target_loss=0.0),
 }
 

@@ -73,6 +73,17 @@ _MEDIUM = {
     **{name: replace(_TABLE[name], betas=(0.8, 0.95), epsilon=1e-8) for name in _MEDIUM_TABLES},
 }
 
+# The snapshot's: sigmoid gates and plain factors instead of the small networks'.
+_SNAPSHOT = {
+    **_TABLE,
+    "attention_gates": Row("whole", decay=1.0),
+    "skip_gates": Row("whole", lr=0.05),
+    "residual_lambdas": Row("whole", lr=5.0),
+    "bigram_lambdas": Row("whole", lr=5.0),
+    "input_lambdas": Row("whole", lr=5.0, betas=(0.65, 0.95)),
+}
+_BY_MAKE = {"medium": _MEDIUM, "snapshot": _SNAPSHOT}
+
 # The order in which a step sends gradients off, and in which it then updates and sends weights back. "small" stands
 # for all parameters that are kept whole: they travel in one message. Matrices go first and are worked on last, so that
 # their arithmetic hides the gathers of the tables, the largest messages of an Adam step; the medium track's gates are
@@ -111,7 +122,7 @@ UPDATE_ORDER = (
 
 def table(config: "Config", names: Iterable[str]) -> dict[str, Row]:
     """The rows of the parameters `names`, in the table's order. ValueError for a name without a row."""
-    rows = _MEDIUM if SIZES[config.recipe].make == "medium" else _TABLE
+    rows = _BY_MAKE.get(SIZES[config.recipe].make, _TABLE)
     names = set(names)
     if names - rows.keys():
         unknown = ", ".join(sorted(names - rows.keys()))

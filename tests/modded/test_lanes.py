@@ -19,7 +19,11 @@ VOCAB, TOKENS = 512, 96
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-PRESET = {"tiny": ["tiny"], "tiny_medium": ["medium", "--recipe=tiny_medium"]}
+PRESET = {
+    "tiny": ["tiny"],
+    "tiny_snapshot": ["snapshot", "--recipe=tiny_snapshot"],
+    "tiny_medium": ["medium", "--recipe=tiny_medium"],
+}
 
 
 def small(*flags: str, recipe: str = "tiny") -> Config:

@@ -23,7 +23,7 @@ def test_presets():
     assert parsed("tiny").recipe == "tiny"
     medium = parsed("medium", "--steps=120")
     assert (medium.recipe, medium.muon_lr, medium.cooldown, medium.steps) == ("medium", 0.015, 0.7, 120)
-    for name in ("record", "medium", "tiny"):
+    for name in ("record", "snapshot", "medium", "tiny"):
         assert parsed(*to_argv(parsed(name))) == parsed(name)
 
 
@@ -71,7 +71,7 @@ BAD = {
     "--out_dir= ": "needs a directory",
     "--out_dir=~nobody-here/x": "there is no such user",
     "--recipe=medium": "has no place for it",
-    "--recipe=big": "expected one of record, medium, tiny, tiny_medium",
+    "--recipe=big": "expected one of record, snapshot, medium, tiny, tiny_snapshot, tiny_medium",
     "--embedding=tie": "expected one of tied_then_untied, tied, untied",
     "--cooldown=1.5": "must be at most 1.0",
     "--muon_lr=nan": "expected a finite number",

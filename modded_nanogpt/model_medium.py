@@ -105,8 +105,8 @@ class OlderModel(SpeedrunModel):
                     u, *weights[layer.bank], layer, self.size.heads, documents, window, self.rotary,
                     self._extras(layer, u, values), self.backend.attend,
                 )  # fmt: skip
-            up, down = mlps[2 * layer.index : 2 * layer.index + 2]
-            x = x + mlp(norm(x), up, down, fp8_state, layer.index)
+            (slot,) = layer.mlps
+            x = x + mlp(norm(x), mlps[2 * slot], mlps[2 * slot + 1], fp8_state, slot)
             if layer.keep_output:
                 kept[layer.index] = x
         return norm(x - self.scalars[-1] * kept[layer_plan.backout(self.config)])

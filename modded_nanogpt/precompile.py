@@ -52,12 +52,12 @@ class Graph:
 
 def graphs(config: Config, batches: TrainBatches, val_batches: ValBatches) -> list[Graph]:
     """The graphs of a run in the order in which `setup.warm_up` comes to them."""
-    found: dict[tuple[int, int], Graph] = {}
+    found: dict[int, Graph] = {}
     lanes_each = batches.layout.lanes
     for stage in schedule.stages(config):
         tokens = stage.batch_tokens // lanes_each
-        graph = Graph(stage.start, tokens, batches.boundaries(tokens), stage.max_document)
-        found.setdefault((stage.batch_tokens, stage.max_document), graph)
+        graph = Graph(stage.start, tokens, batches.boundaries(tokens), batches.longest(tokens))
+        found.setdefault(tokens, graph)
     size = val_batches.slice
     return [*found.values(), Graph(-1, size, val_batches.boundaries, size)]
 

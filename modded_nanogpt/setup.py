@@ -31,7 +31,12 @@ from nanogpt.common.shards import data_root
 from nanogpt.common.training import latest_checkpoint, repeat_exactly, write_checkpoint
 
 # By `layer_plan.Size.make`.
-MODELS = {"record": SpeedrunModel, "snapshot": SnapshotModel, "medium": MediumModel}
+MODELS = {
+    "record": SpeedrunModel,
+    "record89": SpeedrunModel,
+    "snapshot": SnapshotModel,
+    "medium": MediumModel,
+}
 # Graphs that may be compiled: one a lane size, and tests with many; attention windows are no part of a graph.
 GRAPHS = 64
 NOT_IN_GRAPHS = {"seed", *FREE} - {"attention", "compile", "deterministic"}

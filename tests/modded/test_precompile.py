@@ -38,6 +38,7 @@ class Batches:
 
     def __init__(self, config: Config) -> None:
         self.layout, self.slice, self.boundaries = resolve(config, 1), config.eval_slice, boundaries
+        self.longest = lambda tokens: 2560
 
 
 def test_the_graphs_of_track_1_in_the_order_of_the_warm_up():
@@ -46,11 +47,12 @@ def test_the_graphs_of_track_1_in_the_order_of_the_warm_up():
     batches.boundaries, val_batches.boundaries = BOUNDARIES.__getitem__, 896
     found = graphs(config, batches, val_batches)
     assert [(graph.tokens, graph.boundaries, graph.max_document) for graph in found] == [
-        (16_384, 64, 896), (32_768, 96, 2048), (49_152, 128, 2048), (262_144, 896, 262_144)
+        (16_384, 64, 2560), (32_768, 96, 2560), (49_152, 128, 2560), (40_960, 128, 2560), (262_144, 896, 262_144)
     ]  # fmt: skip
     steps = [graph.step for graph in found]
-    assert steps[0] == 0 and steps == [*sorted(steps[:3]), -1]
-    assert [schedule.at(config, step).batch_tokens // 8 for step in steps[:3]] == [16_384, 32_768, 49_152]
+    assert steps[0] == 0 and steps == [*sorted(steps[:4]), -1]
+    sizes = [schedule.at(config, step).batch_tokens // 8 for step in steps[:4]]
+    assert sizes == [16_384, 32_768, 49_152, 40_960]
 
 
 def test_a_blank_lane_has_the_shapes_of_a_real_one():

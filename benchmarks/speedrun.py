@@ -2,7 +2,8 @@
 
     python benchmarks/speedrun.py --dataset=/path/of/tokens --seeds=3            # on one GPU; prints the table
     python benchmarks/speedrun.py --dataset=/path/of/tokens --gpus=8             # the same lanes on more of them
-    python benchmarks/speedrun.py --dataset=/path/of/tokens --flags="--dc=false" # what leaving one out costs
+    python benchmarks/speedrun.py --dataset=/path/of/tokens --flags=record89     # another preset
+    python benchmarks/speedrun.py --dataset=/path/of/tokens --flags="--xsa=false" # what leaving one out costs
     python benchmarks/speedrun.py --dataset=/path/of/tokens --cold=true          # and how long starting takes
 
 The record code (modded-nanogpt at record 89, adapted to torch 2.11) was measured on one H100 80GB HBM3: 242 / 441 /
@@ -37,11 +38,10 @@ sys.path[0] = str(ROOT)
 from nanogpt.common.errors import CommandError, UserError, run_command
 from nanogpt.common.flags import knob, parse
 
-STAGE_STEPS, STEPS, EXTENSION = 35, 105, 6
+STEPS, EXTENSION = 105, 6
 VAL_TOKENS = 1_835_008
 RECORD = {"stage 1": 242.0, "stage 2": 441.0, "stage 3": 650.0, "seconds": 50.9, "loss": 4.0782, "GiB": 39.4}
-TOKENS = {"stage 1": 131_072, "stage 2": 262_144, "stage 3": 393_216}
-FLOPS_PER_TOKEN, PEAK = 0.685e9, 989e12  # of the matrices; dense bfloat16 of one H100 or H200
+STAGES = {131_072: "stage 1", 262_144: "stage 2", 393_216: "stage 3", 327_680: "taper"}  # by tokens of a step
 SHOWN_LINES = 60  # of a run that failed
 SKIPPED = 3  # steps at the beginning of a stage, while the CPU is not yet ahead
 
@@ -150,10 +150,23 @@ def run_once(options: Options, seed: int, variables: dict[str, str]) -> dict[str
     (start,) = [event for event in events if event["event"] == "start"]
     (end,) = [event for event in events if event["event"] == "end"]
     found = {"loss": end["val_loss"], "seconds": end["train_ms"] / 1e3, "start-up": start["time"] - began}
-    for number, stage in enumerate(TOKENS):
-        first = number * STAGE_STEPS + SKIPPED
-        found[stage] = statistics.mean(event["ms"] for event in steps[first : (number + 1) * STAGE_STEPS])
+    for name, of_stage in by_stage(steps).items():
+        ms = statistics.mean(event["ms"] for event in of_stage)
+        found |= {name: ms, f"{name}, tokens/s": 1e3 * of_stage[0]["size"] / ms}
     found["GiB"] = max(event["memory_gib"] or 0.0 for event in steps)
+    return found
+
+
+def by_stage(steps: list[dict]) -> dict[str, list[dict]]:
+    """The steps of each stage with their tokens as `size`; without a stage's first ones and the extension."""
+    found: dict[str, list[dict]] = {}
+    sizes = [
+        event["tokens"] - before
+        for event, before in zip(steps, [0, *(e["tokens"] for e in steps)], strict=False)
+    ]
+    for place, (event, size) in enumerate(zip(steps[:STEPS], sizes, strict=False)):
+        if size in STAGES and place >= SKIPPED and len(set(sizes[place - SKIPPED : place + 1])) == 1:
+            found.setdefault(STAGES[size], []).append({**event, "size": size})
     return found
 
 
@@ -197,15 +210,11 @@ def main(argv: list[str]) -> None:
 def print_table(options: Options, runs: list[dict[str, float]]) -> None:
     """The runs' means beside the record code's figures."""
     mean = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
-    print(f"\n{'':10} {'ours':>10} {'record':>10} {'ratio':>7} {'tokens/s':>12} {'of peak':>8}")
+    print(f"\n{'':20} {'ours':>12} {'record':>10} {'ratio':>7}")
     for name, value in mean.items():
         theirs = RECORD.get(name)
-        ratio = value / theirs if theirs else float("nan")
-        row = f"{name:10} {value:10.4f} {theirs or float('nan'):10.4f} {ratio:7.3f}"
-        if name in TOKENS:
-            speed = 1e3 * TOKENS[name] / value
-            row += f" {speed:12,.0f} {100 * speed * FLOPS_PER_TOKEN / (PEAK * options.gpus):7.1f}%"
-        print(row, flush=True)
+        beside = f"{theirs:10.4f} {value / theirs:7.3f}" if theirs else ""
+        print(f"{name:20} {value:12,.4f} {beside}".rstrip(), flush=True)
 
 
 def plot(options: Options) -> None:

@@ -1,7 +1,7 @@
 """Compiling ahead: the graphs of later stages in processes of their own, while the trainer compiles the first one's.
 
-A graph takes the better part of a minute in torch.compile, nearly all of it Python in one thread, and the run has four:
-three lane sizes and the validation. So each but the first gets a process, which leaves what it compiled in the node's
+A graph takes the better part of a minute in torch.compile, nearly all of it Python in one thread, and the run has five:
+four lane sizes and the validation. So each but the first gets a process, which leaves what it compiled in the node's
 compile caches, where the trainer finds it a little later. Such a process holds weights without values and launches
 nothing; one that fails costs a note, and the trainer compiles that graph itself.
 

@@ -5,8 +5,8 @@ rate. Everything a step needs is one `StepPlan`; nothing here keeps state, so a 
 Windows and document lengths are in tokens, learning rates are factors of the base rates in the config.
 
 Sources: the batch and window schedules of records 29, 31, 39 and 46 of the modded-nanogpt speedrun, multi-token
-prediction (53), prefix prediction (88), the learning-rate floor and short first documents (72); records 90 to 92 for
-unequal stages, the taper and the small batches at the end.
+prediction (53), prefix prediction (88), the learning-rate floor and short first documents (72), unequal
+stages, the taper and the small batches at the end (92).
 """
 
 import math

@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,19 @@ def test_the_records_numbers():
         "fp8_backward",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(config)} >= FREE
+
+
+def test_every_technique_is_in_the_table_of_the_documents():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "speedrun.md").read_text()
+    rows = text.partition("| Switch |")[2].partition("\n## ")[0].splitlines()
+    named = {
+        name
+        for row in rows
+        for name in re.findall(r"`(\w+)(?:=[\d.]+)?`", row.split("|")[1] if "|" in row else "")
+    }
+    fields = {field.name for field in dataclasses.fields(Config)}
+    on = {field.name for field in dataclasses.fields(Config) if field.default is True} - {"warmup"}
+    assert on <= named and named - fields <= {"record89"}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

@@ -147,7 +147,7 @@ def test_what_training_starts_with():
     model = build(dtype=torch.float32)
     half = 0.5 * math.sqrt(3 / D)
     for bank in (model.qk_bank, model.vo_bank, model.mlp_bank[:, 0]):
-        assert bank.abs().max() <= half and bank.std() == pytest.approx(half / math.sqrt(3), rel=0.02)
+        assert bank.abs().max() <= half and bank.std().item() == pytest.approx(half / math.sqrt(3), rel=0.02)
     assert not any(
         p.any() for p in (model.mlp_bank[:, 1], model.value_embeds, model.bigram, model.input_lambdas)
     )

@@ -163,7 +163,7 @@ def test_what_was_compiled_is_known_to_the_same_code_alone(tmp_path, monkeypatch
     cache.keep(key)
     assert cache.holds(key)
     assert cache.holds(setup.graphs_key(configured("record", "--seed=5", "--save_minutes=3"), [GRAPH]))
-    assert not cache.holds(setup.graphs_key(configured("record", "--dc=false"), [GRAPH]))
+    assert not cache.holds(setup.graphs_key(configured("record", "--xsa=false"), [GRAPH]))
     assert not cache.holds(setup.graphs_key(config, [Graph(0, 512, 32, 128)]))
     assert not CompileCache(tmp_path / "archives", "e" * 12, "6" * 64, said.append).holds(key)
     monkeypatch.setenv(compiler.FOLDERS["inductor"], str(tmp_path / "another-node"))

@@ -253,7 +253,7 @@ def options_of(*words: str) -> dict:
 def test_any_option_of_sbatch_is_passed_on_and_mail_sets_the_useful_four(monkeypatch):
     monkeypatch.setenv("ENGAGING_MAIL", "lab@mit.edu")
     found = options_of(
-        "--sbatch", "--nice=100", "--sbatch", "exclusive", "--sbatch=constraint=[a|b]&c", "--mail"
+        "--sbatch", "nice=100", "--sbatch", "exclusive", "--sbatch=constraint=[a|b]&c", "--mail"
     )
     text = batch_script(
         launch(), Request(1, "h200", 60, 1, 8, None), partition="p", tasks=1, throttle=1, passed_on=found

@@ -7,7 +7,7 @@ import pytest
 import tiktoken
 
 from nanogpt.common.gpt2_encoding import gpt2_encoding
-from nanogpt.data.text import shakespeare_text
+from nanogpt.data.small_sets import shakespeare_text
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -364,7 +364,7 @@ PINNED = [  # (page, text there, file, text there)
         "slurm/modded/train_speedrun.sh",
         "has no such trainer yet",
     ),
-    ("guide-2-speedrun.md", "eight H200, 64 CPUs", "slurm/modded/train_speedrun.sh", "--cpus-per-task=64"),
+    ("guide-2-speedrun.md", "each with 8 CPUs and 120 GB", "slurm/modded/train_speedrun.sh", "--cpus-per-gpu=8"),
     ("engaging.md", "`MAX_RESTARTS` times at most (100)", "slurm/lib/run.sh", "MAX_RESTARTS:-100"),
     ("engaging.md", "at most every ten seconds", "tools/site/watch.py", "SQUEUE_EVERY_S = 10.0"),
     ("troubleshooting.md", "3 times in a row without a new checkpoint", "slurm/lib/run.sh", "MAX_FAILURES=3"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt.data import text
+from nanogpt.data import small_sets
 
 ROOT = Path(__file__).resolve().parents[2]
 CHARS = "\n" + "".join(map(chr, range(32, 127)))
@@ -35,7 +35,7 @@ def make_data(root: Path, name: str = "letters") -> None:
     for split, size in (("train", 6000), ("val", 1200)):
         ids = (np.arange(size) + generator.integers(0, 3, size)) % len(CHARS)
         splits[split] = ids.astype(np.uint16)
-    text.publish(name, root, splits, "char", len(CHARS), CHARS)
+    small_sets.publish(name, root, splits, "char", len(CHARS), CHARS)
 
 
 def environment(data_root: Path, **more: str) -> dict[str, str]:

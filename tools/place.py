@@ -43,7 +43,8 @@ def fetch_line(path: Path) -> str:
         host = ""
     if not host:
         return ""
-    return f"to see it on your laptop, type there: scp -r {shlex.quote(f'{getpass.getuser()}@{host}:{path.resolve()}')} ."
+    place = shlex.quote(f"{getpass.getuser()}@{host}:{path.resolve()}")
+    return f"to see it on your laptop, type there: scp -r {place} ."
 
 
 def print_fetch_line(path: Path) -> None:

@@ -83,6 +83,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
+ALIASES = {"runs": "status"}
 
 
 def help_text() -> str:
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
-    name, rest = argv[0], argv[1:]
+    name, rest = ALIASES.get(argv[0], argv[0]), argv[1:]
     if name not in COMMANDS:
         raise UserError(
             f"engaging {name}: no such command{nearest(name, list(COMMANDS))} (all: engaging --help)"

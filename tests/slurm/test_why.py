@@ -39,7 +39,10 @@ OTHERS = {
 
 @pytest.fixture
 def limits(cluster):
-    """A QOS for each row of QOS, an account that may run nothing, a reservation in two hours, a closed partition."""
+    """A QOS for each row of QOS, an account that may run nothing, a reservation in two hours, a closed partition.
+
+    Yields a dict for the jobs that are to be cancelled at the end.
+    """
     user = ["user", "root", "set"]
     qos = ",".join(f"why-{name}" for name in QOS)
     for name, (limit, *_) in QOS.items():
@@ -50,10 +53,11 @@ def limits(cluster):
     window = ["reservationname=why", "starttime=now+2hours", "duration=30", "users=root", "nodes=node8"]
     cluster.scontrol("create", "reservation", *window)
     cluster.scontrol("update", "partition=mit_quicktest", "state=down")
-    yield
-    cluster.run("scancel", "--jobname=" + ",".join(f"why-{name}" for name in (*QOS, *OTHERS)), check=False)
+    jobs: dict[str, str] = {}
+    yield jobs
+    cluster.cancel(*jobs.values())
     cluster.scontrol("update", "partition=mit_quicktest", "state=up")
-    cluster.wait_until(lambda: not cluster.squeue("--reservation=why"))
+    cluster.wait_until(lambda: not cluster.squeue("--reservation=why"), 60)
     cluster.scontrol("delete", "reservation=why")
     cluster.run("sacctmgr", "-i", "delete", "account", "why-account", check=False)
     cluster.run("sacctmgr", "-i", "modify", *user, f"qos-={qos}")
@@ -65,7 +69,7 @@ def test_why_names_twenty_reasons_whose_they_are_and_what_to_type(cluster, limit
     wanted |= {f"why-{name}": rest for name, (_, *rest) in OTHERS.items()}
     words = {f"why-{name}": [f"--qos=why-{name}", *row[1]] for name, row in QOS.items()}
     words |= {f"why-{name}": row[0] for name, row in OTHERS.items()}
-    jobs = {}
+    jobs = limits
     gone = cluster.sbatch("-pmit_normal", "--hold", "-o/dev/null", "--wrap", "true")
     cluster.cancel(gone)
     for name in sorted(words, key=lambda name: name != "why-hold"):  # what is held is waited for

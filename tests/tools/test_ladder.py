@@ -6,8 +6,10 @@ import os
 import pytest
 
 from nanogpt.common.errors import UserError
+from tools.launch.book import new_launch
 from tools.site import ladder
 from tools.site.cluster import Cluster
+from tools.site.estimate import past
 from tools.site.slurm import Association, Job
 
 
@@ -33,13 +35,13 @@ def torch_of(home, cuda):
     (home / "env" / "bin" / "python").touch()
 
 
-def a_run(home, name, loss, config=None, gpus=(), status="finished"):
+def a_run(home, name, loss, config=None, gpus=(), status="finished", seconds=1.0):
     path = home / "out" / name
     path.mkdir(parents=True)
     lines = [
         {"event": "train", "step": 9, "loss": loss},
         {"event": "val", "step": 9, "val_loss": loss},
-        {"event": "end", "step": 9, "status": status},
+        {"event": "end", "step": 9, "status": status, "seconds": seconds},
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (path / "config.json").write_text(json.dumps(config or {}))
@@ -100,6 +102,17 @@ def test_a_failed_rung_names_its_fix(home):
         assert rungs[name].state == "failed" and rungs[name].command, rungs[name]
     assert "engaging repro out/mine/log.txt" in rungs["char model"].text
     assert "--name speedrun-1" in rungs["speedrun"].command and rungs["comparison"].state == "todo"
+
+
+def test_a_time_names_its_source(home):
+    assert "not a measurement" in past(home, "gpt2")
+    launch = new_launch(
+        home, "first", token="f" * 24, preset="gpt2", trainer="nanogpt.train", runs=["out/first"], args=[]
+    )
+    assert launch.number == 1 and "not a measurement" in past(home, "gpt2")
+    a_run(home, "first", 3.1, gpus=["NVIDIA H200"] * 4, seconds=7200.0)
+    assert past(home, "gpt2") == "your run first trained for 2 h on 4x NVIDIA H200"
+    assert "not a measurement" in past(home, "nanogpt")
 
 
 def test_what_slurm_says(home, monkeypatch):

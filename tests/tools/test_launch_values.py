@@ -16,7 +16,7 @@ from tools.launch.book import Launch
 from tools.launch.command import _parser
 from tools.launch.environment import is_secret, job_environment
 from tools.launch.passed_on import passed_on
-from tools.launch.submit import batch_script, write_args
+from tools.launch.submit import RunExecutor, batch_script, write_args
 from tools.site.limits import Request
 
 CANARY = "canary-was-here"
@@ -286,3 +286,11 @@ def test_options_that_launch_owns_are_refused(monkeypatch, words, said):
             launch(), Request(0, None, 9), partition="p", tasks=1, throttle=1,
             passed_on={"nice": "1\ntouch x"},
         )  # fmt: skip
+
+
+def test_a_greeting_with_numbers_is_not_taken_for_the_job():
+    said = (
+        "Welcome to Cluster3\ncheck 1: job 12 passed\ncheck 2 of 5\nSubmitted batch job 4711 on cluster c2\n"
+    )
+    assert RunExecutor.job_id(said) == "4711"
+    assert RunExecutor.job_id("Welcome to Cluster3, job 12\n") == RunExecutor.job_id("") == ""

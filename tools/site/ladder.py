@@ -27,6 +27,7 @@ from tools.place import checkout
 from tools.runs import Run, printable, read_run, runs_under
 from tools.site import checks_machine, slurm
 from tools.site.cluster import Cluster, ask_cluster, user_name
+from tools.site.estimate import gpus_of
 
 NEWEST = 60  # runs of out/ that are looked at
 QUICKSTART_LOSS, CHAR_LOSS = 2.0, 1.48  # to expect: 1.85 (tools/quickstart.py), and 1.47
@@ -126,7 +127,7 @@ def quickstart(facts: Facts) -> Rung:
 def gpu_job(facts: Facts) -> Rung:
     """A run that a GPU computed."""
     for run in facts.runs:
-        if run.train and (names := _gpus_of(run)):
+        if run.train and (names := gpus_of(run)):
             return Rung("GPU", "done", f"{run.name}: {len(names)}x {names[0]}")
     if waiting := facts.queued("first-gpu"):
         return Rung("GPU", "todo", waiting, "engaging watch")
@@ -235,17 +236,6 @@ def _reached(name: str, runs: list[Run], target: float, command: str) -> Rung:
 
 def _long(run: Run) -> bool:
     return (run.max_steps or 0) >= CHAR_ITERS
-
-
-def _gpus_of(run: Run) -> list[str]:
-    attempts = run.environment.get("attempts")
-    rows = attempts if isinstance(attempts, list) else []
-    found = [
-        row["gpus"]
-        for row in rows
-        if isinstance(row, dict) and isinstance(row.get("gpus"), list) and row["gpus"]
-    ]
-    return [printable(str(name)) for name in found[-1]] if found else []
 
 
 def main(argv: list[str]) -> int:

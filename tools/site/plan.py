@@ -21,6 +21,7 @@ from tools.launch.presets import Target, resolve
 from tools.place import checkout
 from tools.site import grace, slurm
 from tools.site.cluster import Cluster, ask_cluster, gpu_rank
+from tools.site.estimate import past
 from tools.site.limits import Refusal, Request, check_account, check_gpu_type, gpu_cap, refusals
 from tools.site.profile import Site, current_site, default_cpus, default_memory
 from tools.site.settings import fill
@@ -219,7 +220,7 @@ def _show(
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip())
-    for note in cluster.notes:
+    for note in [*cluster.notes, past(checkout(), args.preset)]:
         print(f"note: {note}")
     print()
     if chosen:

@@ -1,5 +1,6 @@
 """Values never become script text: hostile names, options and overrides, and what bash makes of the script."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -53,42 +54,42 @@ def test_there_are_enough_cases():
     assert len(set(HOSTILE)) >= 200
 
 
-@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_value_is_refused_or_arrives_unchanged(value, tmp_path):
-    """As a name, account, partition, GPU type: refused or harmless. As an override: byte for byte in argv."""
-    for check in (name_of("--name"), list_of_names("--partition")):
-        try:
-            accepted = check(value)
-        except UserError as error:
-            assert "\n" not in str(error)
-        else:
-            assert accepted.replace(",", "").replace("-", "").replace("_", "").replace(".", "").isalnum()
+def test_hostile_values_are_refused_or_harmless_wherever_they_are_given():
+    """As a name, account, partition, GPU type, or an option that is passed on."""
     request = Request(1, "h200", 60, 1, 8, 64_000)
-    for bad in (Request(1, value, 60, 1, 8, None), Request(1, "h200", 60, 1, 8, None, account=value)):
+    for value in HOSTILE:
+        for check in (name_of("--name"), list_of_names("--partition")):
+            try:
+                accepted = check(value)
+            except UserError as error:
+                assert "\n" not in str(error), repr(value)
+            else:
+                assert accepted.replace(",", "").replace("-", "").replace("_", "").replace(".", "").isalnum()
+        for ask in (
+            lambda v: script(launch(), Request(1, v, 60, 1, 8, None)),
+            lambda v: script(launch(), Request(1, "h200", 60, 1, 8, None, account=v)),
+            lambda v: script(launch(), request, partition=v),
+        ):
+            with contextlib.suppress(UserError):
+                _only_the_known_lines(ask(value))
+        with contextlib.suppress(UserError):
+            _only_the_known_lines(script(launch(name=value), request))
+            assert NAME.fullmatch(value), repr(value)
+        with contextlib.suppress(UserError):
+            text = batch_script(
+                launch(), request, partition="p", tasks=1, throttle=1, passed_on={"nice": value}
+            )
+            (line,) = [line for line in text.splitlines() if "--nice" in line]
+            assert line.startswith("#SBATCH --nice=") and "exec bash" in text.splitlines()[-1], repr(value)
+
+
+def test_overrides_arrive_byte_for_byte_and_run_nothing(tmp_path):
+    words = [f"--note={value}" for value in HOSTILE]
+    for word in words:
         try:
-            text = script(launch(), bad)
-        except UserError:
-            continue
-        _only_the_known_lines(text)
-    try:
-        text = script(launch(), request, partition=value)
-    except UserError:
-        pass
-    else:
-        _only_the_known_lines(text)
-    try:
-        text = script(launch(name=value), request)
-    except UserError:
-        pass
-    else:
-        assert NAME.fullmatch(value)
-        _only_the_known_lines(text)
-    override = f"--note={value}"
-    try:
-        words = presets.check_overrides([override])
-    except UserError:
-        assert any(ord(char) < 32 or ord(char) == 127 for char in value)
-        words = [override]  # the second wall must hold without the first
+            presets.check_overrides([word])
+        except UserError:  # the second wall, below, must hold without this first one
+            assert any(ord(char) < 32 or ord(char) == 127 for char in word), repr(word)
     assert _argv_in_the_job(words, tmp_path) == words
     assert not list(tmp_path.rglob(f"*{CANARY}*"))
 

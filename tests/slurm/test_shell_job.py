@@ -12,9 +12,14 @@ import pytest
 def test_a_shell_has_the_gpus_the_environment_and_steps_of_its_own(cluster, root):
     words = ["--time", "5m", "--gpus", "2", "--gpu-type", "h200", "--partition", "pi_lab"]
     command = shlex.join([sys.executable, "-m", "tools", "shell", *words])
-    typed = 'echo "J=$SLURM_JOB_ID G=$CUDA_VISIBLE_DEVICES P=$PWD"; type -P python; srun bash -c "echo step=$((6*7))" </dev/null; exit\n'
+    typed = [
+        'echo "J=$SLURM_JOB_ID G=$CUDA_VISIBLE_DEVICES P=$PWD"',
+        "type -P python",
+        'srun bash -c "echo step=$((6*7))" </dev/null',  # srun would swallow what is typed ahead
+        "exit\n",
+    ]
     done = subprocess.run(
-        ["script", "-qec", command, "/dev/null"], input=typed, cwd=root, capture_output=True, text=True,
+        ["script", "-qec", command, "/dev/null"], input="; ".join(typed), cwd=root, capture_output=True, text=True,
         env={**cluster.env, "ENV_PATH": sys.prefix}, timeout=120,
     )  # fmt: skip
     assert f"G=0,1 P={root}" in done.stdout and f"{sys.prefix}/bin/python" in done.stdout, done.stdout

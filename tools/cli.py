@@ -52,6 +52,11 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "after a run": {
         "plot": ("tools.plot", "the loss curves of one or more runs: a PNG, and drawn in the terminal"),
+        "export": ("tools.export", "a run's weights as a GPT-2 that transformers loads"),
+        "import": (
+            "tools.import_checkpoint",
+            "nanoGPT's own ckpt.pt as a run directory, to sample and export",
+        ),
         "repro": ("tools.repro", "rebuild a run's source from its log, run it again, and compare every loss"),
     },
     "experiments": {
@@ -126,5 +131,5 @@ def main(argv: list[str]) -> int:
 
 
 def entry() -> None:
-    """The console script `engaging`."""
+    """What tools/bin/engaging and `python -m tools` call."""
     run_command(main)

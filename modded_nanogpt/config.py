@@ -103,6 +103,10 @@ class Config:
     cautious_decay: bool = knob(True, "decay only what the update moves outward")
     mantissa: bool = knob(True, "16 more bits for the bfloat16 weights of Muon")
     qk_pairs: bool = knob(True, "Q and K are orthogonalized by pairs of heads; false: whole")
+    averaging: bool = knob(
+        False, "the run ends with averages of its last quarter's weights (beyond record 89)"
+    )
+    two_momenta: bool = knob(False, "Muon with a fast and a slow momentum and six rounds (beyond record 89)")
     canonical: bool = knob(False, "evaluate with impossible next tokens masked (beyond the record)")
     # Evaluation, log, checkpoints.
     eval_interval: int = knob(250, "steps between validations", low=1, high=10**9)

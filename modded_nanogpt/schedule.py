@@ -24,6 +24,9 @@ MTP_ONE = ((1.0, 1.0), (0.0, 0.0), (0.0, 0.0))
 
 MOMENTUM_LOW, MOMENTUM_HIGH = 0.85, 0.95
 MOMENTUM_WARMUP, MOMENTUM_COOLDOWN = 300, 50  # steps; not scaled with the length of the run
+# Of --two_momenta; a step of a shorter run lies at the same part of it.
+TWO_HIGH, TWO_WARMUP = 0.93, 240
+TWO_FROM, TWO_FAST, TWO_SHARE = 514 / 1194, 0.85, 0.4385
 EXACT_FP8_STEPS = 16  # the down-projection starts at 0 and grows too fast for delayed scales
 
 
@@ -142,6 +145,7 @@ class StepPlan:
     yarn_window: int  # the long window that the rotary frequencies are made for (see `yarn_windows`)
     lr: float  # factor of the base learning rates
     momentum: float  # of Muon
+    two: tuple[float, float]  # with --two_momenta: the fast momentum, and its share beside the slow one
     mtp: tuple[float, float, float]
     prefix: float
     adam: bool  # whether Adam updates its parameters; its gradients add up in between
@@ -189,6 +193,7 @@ def at(config: "Config", step: int) -> StepPlan:
         yarn_window=yarn_windows(config, step)[-1],
         lr=learning_rate(config, step),
         momentum=momentum(config, step),
+        two=two_momenta(config, step),
         mtp=tuple(_along(ramp, part) for ramp in stage.mtp),
         prefix=_along(stage.prefix, part),
         adam=is_adam_step(config, step),
@@ -210,13 +215,21 @@ def learning_rate(config: "Config", step: int) -> float:
 
 
 def momentum(config: "Config", step: int) -> float:
-    """Muon's: up over the first 300 steps, down over the last 50; a shorter run only goes up."""
+    """Muon's: up over the first 300 steps (240), down over the last 50; a shorter run only goes up."""
     if not config.momentum_schedule:
-        return MOMENTUM_HIGH
-    part = step / MOMENTUM_WARMUP
-    if step >= MOMENTUM_WARMUP:
+        return TWO_HIGH if config.two_momenta else MOMENTUM_HIGH
+    high, warmup = (TWO_HIGH, TWO_WARMUP) if config.two_momenta else (MOMENTUM_HIGH, MOMENTUM_WARMUP)
+    part = step / warmup
+    if step >= warmup:
         part = min(1.0, max(0.0, (total_steps(config) - step) / MOMENTUM_COOLDOWN))
-    return MOMENTUM_LOW + (MOMENTUM_HIGH - MOMENTUM_LOW) * part
+    return MOMENTUM_LOW + (high - MOMENTUM_LOW) * part
+
+
+def two_momenta(config: "Config", step: int) -> tuple[float, float]:
+    """(fast momentum, its share) of the optimizer with two: at first one momentum as ever, then a mixture."""
+    if step < TWO_FROM * total_steps(config):
+        return momentum(config, step), 1.0
+    return TWO_FAST, TWO_SHARE
 
 
 def is_adam_step(config: "Config", step: int) -> bool:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Ramp = tuple[float, float]  # a value at the start of a stage and at its end, linear in between
 
+RECORD_LANES = 8  # micro-batches in a step of the record, one a GPU
 BLOCK = 128  # tokens; windows are multiples of it
 MTP_THREE = ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))
 MTP_TWO = ((1.0, 1.0), (0.5, 0.0), (0.0, 0.0))
@@ -27,6 +28,10 @@ MOMENTUM_WARMUP, MOMENTUM_COOLDOWN = 300, 50  # steps; not scaled with the lengt
 # Of --two_momenta; a step of a shorter run lies at the same part of it.
 TWO_HIGH, TWO_WARMUP = 0.93, 240
 TWO_FROM, TWO_FAST, TWO_SHARE = 514 / 1194, 0.85, 0.4385
+# Of --sampled_softmax: classes in parts of equal length of each stage, for lanes as the record has them; and the part
+# of the run after which all are scored in any case.
+SAMPLED_CLASSES = ((10_240,), (10_240,), (14_336, 14_336, 24_576))
+SAMPLED_UNTIL, SAMPLED_MULTIPLE, SAMPLED_MOST = 1107 / 1194, 2048, 28_672
 EXACT_FP8_STEPS = 16  # the down-projection starts at 0 and grows too fast for delayed scales
 
 
@@ -148,6 +153,7 @@ class StepPlan:
     two: tuple[float, float]  # with --two_momenta: the fast momentum, and its share beside the slow one
     mtp: tuple[float, float, float]
     prefix: float
+    classes: int  # that the loss scores; 0: all
     adam: bool  # whether Adam updates its parameters; its gradients add up in between
     tied: bool  # the embedding is the head in this step, and is copied from it after the update
     untie: bool  # after this step's update the embedding gets a life of its own
@@ -196,6 +202,7 @@ def at(config: "Config", step: int) -> StepPlan:
         two=two_momenta(config, step),
         mtp=tuple(_along(ramp, part) for ramp in stage.mtp),
         prefix=_along(stage.prefix, part),
+        classes=sampled_classes(config, step),
         adam=is_adam_step(config, step),
         tied=config.embedding != "untied" and (untie_step is None or step <= untie_step),
         untie=step == untie_step,
@@ -230,6 +237,23 @@ def two_momenta(config: "Config", step: int) -> tuple[float, float]:
     if step < TWO_FROM * total_steps(config):
         return momentum(config, step), 1.0
     return TWO_FAST, TWO_SHARE
+
+
+def sampled_classes(config: "Config", step: int) -> int:
+    """How many classes a lane's loss scores at `step`; 0 for all of them.
+
+    They must hold all tokens of a lane, so fewer and larger lanes than the record's take more: a text has about the
+    0.6th power of its length in different tokens.
+    """
+    if not config.sampled_softmax or step >= SAMPLED_UNTIL * total_steps(config):
+        return 0
+    index, stage = next((k, stage) for k, stage in enumerate(stages(config)) if step < stage.end)
+    if index >= len(SAMPLED_CLASSES):
+        return 0
+    parts = SAMPLED_CLASSES[index]
+    count = parts[(step - stage.start) * len(parts) // (stage.end - stage.start)]
+    larger = max(1.0, RECORD_LANES / (config.lanes or RECORD_LANES)) ** 0.6
+    return min(SAMPLED_MOST, math.ceil(count * larger / SAMPLED_MULTIPLE) * SAMPLED_MULTIPLE)
 
 
 def is_adam_step(config: "Config", step: int) -> bool:

@@ -122,8 +122,7 @@ def lane_kinds(config: Config) -> list[StepPlan]:
     found: dict[tuple, StepPlan] = {}
     for number in range(schedule.total_steps(config)):
         step = schedule.at(config, number)
-        windows = (step.short_window, step.long_window)
-        kind = (step.batch_tokens, step.max_document, *windows, step.tied, step.classes)
+        kind = (step.batch_tokens, step.short_window, step.long_window, step.tied, step.classes)
         found.setdefault(kind, step)
     return list(found.values())
 

@@ -32,7 +32,7 @@ from modded_nanogpt.lanes import (
     train_lane,
 )
 from modded_nanogpt.model import SpeedrunModel
-from modded_nanogpt.model_medium import MediumModel
+from modded_nanogpt.model_medium import MediumModel, SnapshotModel
 from modded_nanogpt.optim.sharded import Optimizer
 from modded_nanogpt.precompile import Ahead, Graph, graphs, worth_it
 from nanogpt.common.errors import NonFiniteError, UserError
@@ -41,7 +41,13 @@ from nanogpt.common.rundir import RunDir
 from nanogpt.common.shards import data_root
 from nanogpt.common.training import latest_checkpoint, repeat_exactly, write_checkpoint
 
-MODELS = {"record": SpeedrunModel, "medium": MediumModel}  # by `layer_plan.Size.make`
+# By `layer_plan.Size.make`.
+MODELS = {
+    "record": SpeedrunModel,
+    "record89": SpeedrunModel,
+    "snapshot": SnapshotModel,
+    "medium": MediumModel,
+}
 # Graphs that may be compiled: one a lane size, and tests with many; attention windows are no part of a graph.
 GRAPHS = 64
 NOT_IN_GRAPHS = {"seed", *FREE} - {"attention", "compile", "deterministic"}

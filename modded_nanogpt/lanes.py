@@ -144,11 +144,8 @@ def record_lane(state: State, recorder: Recorder, ranks: Ranks, batch: Batch, st
         copied = dataclasses.replace(batch, **dict(zip(BATCH_INPUTS, tensors, strict=True)))
         loss, rows, scored = _forward(state, ranks, copied, step, (mtp, prefix))
         leaves = [scored, *rows, *_with_gradient(state)]
-        found = iter(
-            torch.autograd.grad(
-                loss * loss_scale(ranks), [leaf for leaf in leaves if leaf is not None], allow_unused=True
-            )
-        )
+        there = [leaf for leaf in leaves if leaf is not None]
+        found = iter(torch.autograd.grad(loss * loss_scale(ranks), there, allow_unused=True))
         return [loss.detach(), *(None if leaf is None else next(found) for leaf in leaves)]
 
     recorder.record(lane_key(batch, step), _given(batch, step, ranks.device), body)
@@ -170,13 +167,8 @@ def _with_gradient(state: State) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in state.model.named_parameters() if name not in tables]
 
 
-BATCH_INPUTS = (
-    "inputs",
-    "targets",
-    "cu_seqlens",
-    "bigram_rows",
-    "sign_rows",
-)  # fields that a lane's graph reads
+# The fields of a batch that a lane's graph reads.
+BATCH_INPUTS = ("inputs", "targets", "cu_seqlens", "bigram_rows", "sign_rows", "candidates")
 
 
 def _given(batch: Batch, step: StepPlan, device: torch.device) -> list[Tensor | None]:

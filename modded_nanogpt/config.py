@@ -26,7 +26,7 @@ FREE = frozenset(
         "eval_interval", "eval_tokens", "eval_slice", "target_loss", "save_interval", "save_minutes",
         "keep_checkpoints", "log_interval", "wandb_log", "wandb_project", "wandb_run_name",
         "device", "attention", "compile", "backend", "deterministic", "num_threads", "warmup", "memory_gib",
-        "compile_cache",
+        "compile_cache", "capture",
     ]
 )  # fmt: skip
 
@@ -48,6 +48,10 @@ class Config:
     )
     accept_changed: str = knob("", "resume although these changed: any of code,config,data,torch")
     check: bool = knob(False, "check everything that needs no GPU, print the plan and stop")
+    smoke: bool = knob(
+        False,
+        "does my edit run? 10 eager steps on small batches, one validation; in out_dir-smoke, made anew",
+    )
     # What is trained, and how long.
     recipe: str = knob("record", "model, stages and target: record, record89 and snapshot (to 3.28), medium (to 2.92), "
                       "or tiny ones for CPUs",
@@ -140,6 +144,8 @@ class Config:
     fp8_backward: bool = knob(False, "... and where the MLPs' gradients are formed (beyond the record)")
     memory_gib: float = knob(0.0, "GPU memory to do with, as on a smaller GPU; 0: all", low=0.0, high=1e6)
     compile: str = knob("auto", "torch.compile: true, false, or auto (on a GPU only)",
+                        choices=("auto", "true", "false"))  # fmt: skip
+    capture: str = knob("false", "lanes as CUDA graphs: true, false, or auto (on a GPU only)",
                         choices=("auto", "true", "false"))  # fmt: skip
     warmup: bool = knob(True, "compile and warm up before the clock starts, then begin with fresh weights")
     compile_cache: str = knob("", "folder that keeps packed compile caches for later jobs; default: compile-caches "
@@ -243,6 +249,10 @@ def _check_device(config: Config) -> None:
         return
     if config.fp8 == "on":
         raise UserError("--fp8=on: needs a GPU, but --device=cpu; use --fp8=auto or --fp8=off")
+    if config.capture == "true":
+        raise UserError(
+            "--capture=true: needs a GPU, but --device=cpu; use --capture=auto or --capture=false"
+        )
     if config.attention not in ("auto", "reference"):
         raise UserError(
             f"--attention={config.attention}: needs a GPU, but --device=cpu; use --attention=reference"
@@ -252,6 +262,8 @@ def _check_device(config: Config) -> None:
 
 
 def _check_techniques(config: Config) -> None:
+    if config.capture == "true" and not config.warmup:
+        raise UserError("--capture=true: graphs are recorded in the warm-up; leave out --warmup=false")
     if config.fp8 == "on" and not (config.fp8_head or config.fp8_up or config.fp8_down):
         raise UserError("--fp8=on: nothing is left to compute with it; switch on --fp8_head, _up or _down")
     if config.key_offset and not config.half_rope:

@@ -15,7 +15,6 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import json
 import time
 import typing
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from nanogpt.config import GPT2_SIZES
 if typing.TYPE_CHECKING:
     import torch
 
-    from nanogpt.common.checkpoints import Checkpoint
     from nanogpt.model import GPT
     from nanogpt.tokenizer import Tokenizer
 
@@ -156,39 +154,9 @@ def check_run(folder: Path, config: Config) -> None:
         )
 
 
-def find_checkpoint(folder: Path, wanted: str) -> "Checkpoint":
-    """The checkpoint that `--checkpoint` means. Nothing is moved or written: the run may still be training.
-
-    best and last pass over unsound ones, and say so; UserError when there is no sound one, or `wanted` is unsound.
-    """
-    from nanogpt.common import checkpoints
-
-    names = [checkpoint_names.name_of(step) for step in reversed(checkpoint_names.steps(folder))]
-    if wanted.isdecimal():
-        names = [checkpoint_names.name_of(int(wanted))]
-    elif wanted == "best":
-        names.sort(key=lambda name: val_loss_of(folder / name))  # stable: the newest of equals comes first
-    for name in names:
-        fault = checkpoints.problem(folder / name)
-        if not fault:
-            return checkpoints.load(folder / name)
-        if wanted.isdecimal():
-            raise UserError(f"{folder / name}: {fault}; name another step, or --checkpoint=last")
-        note(f"checkpoint {name} is not used: {fault}")
-    raise UserError(f"{folder}: holds no sound checkpoint; resume the run (--init_from=resume) to write one")
-
-
-def val_loss_of(checkpoint: Path) -> float:
-    """The validation loss of a checkpoint's very step; infinite when it was saved between two validations."""
-    try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return float(state["val_loss"]) if state["val_step"] == state["step"] else float("inf")
-    except (OSError, ValueError, KeyError, TypeError):
-        return float("inf")  # unsound, which is found out later
-
-
 def load_run(folder: Path, config: Config, dtype: "torch.dtype") -> "tuple[GPT, Tokenizer]":
     """Model and tokenizer of a run, on the CPU."""
+    from nanogpt.common.checkpoints import choose, val_loss_of
     from nanogpt.common.shards import data_root
     from nanogpt.model import GPT, Shape
     from nanogpt.tokenizer import make_tokenizer
@@ -199,7 +167,7 @@ def load_run(folder: Path, config: Config, dtype: "torch.dtype") -> "tuple[GPT, 
         raise UserError(f"{path}: has no tokenizer; is this the directory of a run of the baseline trainer?")
     root = data_root(config.data_root or str(record["config"].get("data_root", "")))
     tokenizer = make_tokenizer(record["tokens"], str(path), root)
-    checkpoint = find_checkpoint(folder / "checkpoints", config.checkpoint)
+    checkpoint = choose(folder / "checkpoints", config.checkpoint, note)
     try:
         model = GPT(Shape(**checkpoint.state["shape"]), dtype=dtype)
         model.load_state_dict(checkpoint.tensors("model"))

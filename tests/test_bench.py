@@ -10,7 +10,7 @@ import torch
 
 from nanogpt import bench
 from nanogpt.common.errors import CommandError, UserError
-from nanogpt.data import text
+from nanogpt.data import small_sets
 
 SMALL = ("--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2",
          "--vocab_size=50", "--steps=3", "--warmup_steps=1")  # fmt: skip
@@ -46,7 +46,7 @@ def test_steps_really_train(capsys):
 
 def test_real_data_are_read(capsys, tmp_path):
     ids = np.random.default_rng(0).integers(30, size=2000).astype(np.uint16)
-    text.publish(
+    small_sets.publish(
         "letters",
         tmp_path,
         {"train": ids[:1500], "val": ids[1500:]},

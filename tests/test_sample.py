@@ -10,7 +10,7 @@ import pytest
 
 from nanogpt import sample
 from nanogpt.common.errors import UserError
-from nanogpt.data import text
+from nanogpt.data import small_sets
 from nanogpt.tokenizer import CharTokenizer, Gpt2Tokenizer, make_tokenizer
 
 CHARS = "\n abcdefghé€😀"  # one to four bytes in UTF-8
@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
     ids = np.random.default_rng(0).integers(len(CHARS), size=4000).astype(np.uint16)
     splits = {"train": ids[:3600], "val": ids[3600:]}
-    text.publish("letters", folder / "data", splits, "char", len(CHARS), CHARS)
+    small_sets.publish("letters", folder / "data", splits, "char", len(CHARS), CHARS)
     command = [sys.executable, "-m", "nanogpt.train", *TINY, "--dataset=letters", f"--out_dir={folder / 'run'}",
                f"--data_root={folder / 'data'}", "--max_iters=30", "--eval_interval=10", "--keep_checkpoints=9",
                "--warmup_iters=0", "--lr_decay_iters=30", "--learning_rate=1e-3", "--min_lr=1e-4"]  # fmt: skip

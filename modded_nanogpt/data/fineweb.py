@@ -12,6 +12,7 @@ bounded; interrupted at any moment, the next call goes on after the last complet
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> None:
 def _make(config: Config, source: "Source", root: Path, shards: "ShardWriter") -> None:
     from nanogpt.common.gpt2_encoding import gpt2_encoding
     from nanogpt.common.progress import Progress
-    from nanogpt.data.token_stream import AlreadyDone, tokenize
+    from nanogpt.data.token_stream import AlreadyDone, encode_documents, tokenize
 
     encoding = gpt2_encoding(root)
     total = source.total_bytes() if not config.max_documents else None
@@ -101,10 +102,10 @@ def _make(config: Config, source: "Source", root: Path, shards: "ShardWriter") -
         try:
             tokenize(
                 source,
-                encoding,
+                partial(encode_documents, encoding),
                 shards,
                 workers=config.num_workers or len(os.sched_getaffinity(0)),
-                val_every=0,
+                validates=lambda _: False,
                 max_documents=config.max_documents,
                 report=lambda chars, documents, tokens: bar.update(
                     chars, total, f"{documents:,} documents, {tokens:,} tokens"

@@ -11,6 +11,7 @@ No pickle is read or written.
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.common.checkpoint_names import name_of, steps
-from nanogpt.common.errors import StorageError
+from nanogpt.common.errors import StorageError, UserError
 from nanogpt.common.storage import fsync_folder, make_folder, storage_errors
 
 FORMAT = 1
@@ -194,6 +195,36 @@ def load_latest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
             return load(path)
         say(f"checkpoint {path.name} is not used: {fault}; moved to {quarantine(path)}")
     return None
+
+
+def choose(folder: Path, wanted: str, note: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint in `folder` that `wanted` means: best (lowest validation loss), last, or the number of a step.
+
+    Nothing is moved or written: the run may still be training. best and last pass over unsound ones, and `note` tells;
+    UserError when there is no sound one, or the step that was wanted is unsound.
+    """
+    names = [name_of(step) for step in reversed(steps(folder))]
+    if wanted.isdecimal():
+        names = [name_of(int(wanted))]
+    elif wanted == "best":
+        names.sort(key=lambda name: val_loss_of(folder / name))  # stable: the newest of equals comes first
+    for name in names:
+        fault = problem(folder / name)
+        if not fault:
+            return load(folder / name)
+        if wanted.isdecimal():
+            raise UserError(f"{folder / name}: {fault}; name another step, or --checkpoint=last")
+        note(f"checkpoint {name} is not used: {fault}")
+    raise UserError(f"{folder}: holds no sound checkpoint; resume the run (--init_from=resume) to write one")
+
+
+def val_loss_of(checkpoint: Path) -> float:
+    """The validation loss of a checkpoint's very step; infinite when it was saved between two validations."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return float(state["val_loss"]) if state["val_step"] == state["step"] else math.inf
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf  # unsound, which is found out later
 
 
 def quarantine(path: Path) -> Path:

@@ -48,6 +48,11 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def words(help: str, metavar: str) -> typing.Any:
+    """A dataclass field, `tuple[str, ...]`, for the arguments that are no flags; for commands without presets."""
+    return dataclasses.field(default=(), metadata={"help": help, "words": metavar})
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?` for the closest known word, or nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
@@ -119,11 +124,21 @@ def parse_values(
         values.update(read_preset(find_preset(preset, presets), fields))
     for name, field in fields.items():
         text = getattr(known, name)
+        if "words" in field.metadata:
+            values[name] = tuple(_as_str(word) for word in text)
+            continue
         if text == []:
             text = "--"  # which argparse takes out of --name=--
         if text is not None:
             values[name] = convert(field, text, f"--{name}")
     return values
+
+
+def flag_given(argv: Sequence[str], name: str) -> bool:
+    """Whether the command line itself sets the knob, rather than a preset."""
+    return any(
+        word.partition("=")[0].lstrip("-").replace("-", "_") == name for word in argv if word[:2] == "--"
+    )
 
 
 def to_argv(config: object) -> list[str]:
@@ -308,6 +323,9 @@ def _parser(
         known = ", ".join(sorted(path.stem for path in presets.glob("*.py") if path.stem != "__init__"))
         parser.add_argument("preset", nargs="*", help=f"preset files, or their names: {known}")
     for name, field in fields.items():
+        if "words" in field.metadata:
+            parser.add_argument(name, nargs="*", metavar=field.metadata["words"], help=field.metadata["help"])
+            continue
         kind, _ = _kind(field)
         default = "" if field.default in (None, "") else f" (default {field.default})"
         choices = f" [{', '.join(field.metadata['choices'])}]" if field.metadata.get("choices") else ""

@@ -27,13 +27,19 @@ def gpt2_encoding(root: Path) -> "tiktoken.Encoding":
     DATA_MIRROR, a folder or a base URL, is asked for tiktoken_cache/<name as tiktoken keeps it> instead of
     OpenAI's server. Raises DownloadError or UserError with what to do when the files cannot be had.
     """
-    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or root / "tiktoken_cache").expanduser().absolute()
+    paths = cached_files(root)
     for name, sha256 in FILES.items():
-        _fetch_file(cache / hashlib.sha1((ADDRESS + name).encode()).hexdigest(), name, sha256)
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+        _fetch_file(paths[name], name, sha256)
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(paths["vocab.bpe"].parent)
     import tiktoken
 
     return tiktoken.get_encoding("gpt2")
+
+
+def cached_files(root: Path) -> dict[str, Path]:
+    """Where the files of FILES are kept, whether they are there or not."""
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or root / "tiktoken_cache").expanduser().absolute()
+    return {name: cache / hashlib.sha1((ADDRESS + name).encode()).hexdigest() for name in FILES}
 
 
 def _fetch_file(destination: Path, name: str, sha256: str) -> None:
@@ -47,12 +53,12 @@ def _fetch_file(destination: Path, name: str, sha256: str) -> None:
         source = str(Path(mirror) / "tiktoken_cache" / destination.name)
     try:
         with Progress(f"downloading {name}") as bar:
-            fetch(source, destination, sha256, progress=bar.update, attempts=3)
+            fetch(source, destination, sha256, progress=bar.update, attempts=3, backoff=0.5)
     except (DownloadError, UserError) as error:
         raise type(error)(
-            f"the GPT-2 vocabulary ({name}) cannot be had: {_reason(error)}; run this once where there is a "
-            f"network, or copy tiktoken's file {destination.name} from another machine into "
-            f"{destination.parent}, or into tiktoken_cache/ of a folder that DATA_MIRROR names"
+            f"the GPT-2 vocabulary ({name}) cannot be had: {_reason(error)}; run this command once where there "
+            f"is a network (on a cluster: the login node), or copy tiktoken's file {destination.name} from "
+            f"another machine into {destination.parent}, or into tiktoken_cache/ of a folder that DATA_MIRROR names"
             + (f" (asked: {shown(source)})" if mirror else "")
         ) from None
 

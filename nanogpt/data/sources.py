@@ -69,7 +69,7 @@ class JsonLines:
                 self._byte += len(line)
                 self._line += 1
                 if line.strip():
-                    return self._text(line)
+                    return document_of(line, self.paths[self._file], self._line)
             self._file, self._byte, self._line = self._file + 1, 0, 0
             self._open_file()
         return None
@@ -95,18 +95,19 @@ class JsonLines:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         self._lines = iter(self._handle)
 
-    def _text(self, line: bytes) -> str:
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            text = None
-        if not isinstance(text, str):
-            path = self.paths[self._file]
-            raise UserError(
-                f"{path}:{self._line}: {line[:40]!r}: expected a JSON object with its document under "
-                '"text"; a compressed file must be unpacked first'
-            )
-        return text
+
+def document_of(line: bytes, path: Path, number: int) -> str:
+    """The document of line `number` of a JSON-lines file; UserError names file and line when there is none."""
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(
+            f"{path}:{number}: {line[:40]!r}: expected a JSON object with its document under "
+            '"text"; a compressed file must be unpacked first'
+        )
+    return text
 
 
 class Hub:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanogpt.common.errors import UserError
-from nanogpt.common.manifest import MANIFEST
+from nanogpt.common.manifest import MANIFEST, META, chars_digest
 from nanogpt.common.shards import GPT2_EOT, GPT2_VOCAB, PROGRESS, write_manifest, write_shard
 from nanogpt.common.storage import atomic_write_bytes, atomic_write_json
 from nanogpt.data.sources import Position, Source
@@ -51,6 +51,16 @@ class State:
     start: Start = Start()
     val: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint16))
     commit: str = ""  # what the hub's revision meant when the work began
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the ids of a set mean, for its manifest. `chars`, for character sets: a character's place is its id."""
+
+    tokenizer: str = "gpt2"
+    size: int = GPT2_VOCAB
+    eot: int | None = GPT2_EOT
+    chars: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,13 +116,13 @@ def _encode(encoding: "tiktoken.Encoding", documents: list[str]) -> np.ndarray:
 
 
 def encode_batch(
-    encoding: "tiktoken.Encoding", batch: Batch, val_every: int
+    batch: Batch, encode: Callable[[list[str]], np.ndarray], validates: Callable[[int], bool]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation tokens of a batch, each uint16 [n]."""
+    """Training and validation tokens of a batch, each uint16 [n]; `validates` is told a document's number."""
     train, val = [], []
     for number, document in enumerate(batch.documents, batch.start.document):
-        (val if in_validation(number, val_every) else train).append(document)
-    return encode_documents(encoding, train), encode_documents(encoding, val)
+        (val if validates(number) else train).append(document)
+    return encode(train), encode(val)
 
 
 def read_batches(source: Source, start: Start, max_documents: int) -> Iterator[Batch]:
@@ -141,10 +151,11 @@ class ShardWriter:
     """
 
     def __init__(
-        self, name: str, folder: Path, shard_tokens: int, made_from: dict, state: State, val_first: int = 0
-    ) -> None:
+        self, name: str, folder: Path, shard_tokens: int, made_from: dict, state: State, val_first: int = 0,
+        vocabulary: Vocabulary = Vocabulary(),
+    ) -> None:  # fmt: skip
         self.name, self.folder, self.made_from, self.state = name, folder, made_from, state
-        self.val_first = val_first
+        self.val_first, self.vocabulary = val_first, vocabulary
         self.buffer = np.empty(shard_tokens, np.uint16)
         self.filled = 0
         self.val = [state.val]
@@ -184,7 +195,11 @@ class ShardWriter:
         entry = write_shard(self.folder / f"{self.name}_val_000000.bin", val)
         files = [*self.state.files, {**entry, "split": "val"}]
         facts = {"made_from": self.made_from, "commit": self.state.commit}
-        write_manifest(self.folder, self.name, "gpt2", GPT2_VOCAB, GPT2_EOT, files, **facts)
+        known = self.vocabulary
+        if known.chars is not None:
+            atomic_write_json(self.folder / META, {"chars": known.chars})
+            facts["chars_sha256"] = chars_digest(known.chars)
+        write_manifest(self.folder, self.name, known.tokenizer, known.size, known.eot, files, **facts)
         for path in [self.folder / PROGRESS, *self.folder.glob("val_part_*.u16")]:
             path.unlink(missing_ok=True)
 
@@ -217,16 +232,17 @@ class ShardWriter:
 
 def tokenize(
     source: Source,
-    encoding: "tiktoken.Encoding",
+    encode: Callable[[list[str]], np.ndarray],
     writer: ShardWriter,
     *,
     workers: int,
-    val_every: int,
+    validates: Callable[[int], bool],
     max_documents: int = 0,
     report: Callable[[int, int, int], None] | None = None,
 ) -> None:
     """Read `source` from where the writer's state says, encode on `workers` threads, and write everything.
 
+    `encode(documents)` gives uint16 tokens [n], `validates(number)` says which documents are validation text;
     `report(characters, documents, tokens)` is called after each batch. Raises AlreadyDone, UserError,
     DownloadError, StorageError; whatever ends it, the next run goes on after the last complete shard.
     """
@@ -245,7 +261,7 @@ def tokenize(
     with ThreadPoolExecutor(workers) as pool:
         try:
             for batch in read_batches(source, writer.state.start, max_documents):
-                waiting.append((batch, pool.submit(encode_batch, encoding, batch, val_every)))
+                waiting.append((batch, pool.submit(encode_batch, batch, encode, validates)))
                 if len(waiting) > 2 * workers:
                     consume()
             while waiting:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,13 @@ def run(
 
     source.read = counted
     writer = ShardWriter(folder.name, folder, shard, made_from, state)
-    tokenize(source, encoding, writer, workers=workers, val_every=EVERY)
+    tokenize(
+        source,
+        partial(encode_documents, encoding),
+        writer,
+        workers=workers,
+        validates=partial(in_validation, every=EVERY),
+    )
     return said
 
 
@@ -242,7 +249,13 @@ def test_the_slower_of_two_stops(tmp_path, texts, byte_encoding) -> None:
     run(tmp_path / "s", byte_encoding)
     done = contents(tmp_path / "s")
     with pytest.raises(AlreadyDone):
-        tokenize(source, byte_encoding, slower, workers=1, val_every=EVERY)
+        tokenize(
+            source,
+            partial(encode_documents, byte_encoding),
+            slower,
+            workers=1,
+            validates=partial(in_validation, every=EVERY),
+        )
     assert contents(tmp_path / "s") == done
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt.data import text
+from nanogpt.data import small_sets
 
 ROOT = Path(__file__).resolve().parents[2]
 CHARS = "\n" + "".join(map(chr, range(32, 127)))
@@ -35,13 +35,13 @@ def make_data(root: Path, name: str = "letters") -> None:
     for split, size in (("train", 6000), ("val", 1200)):
         ids = (np.arange(size) + generator.integers(0, 3, size)) % len(CHARS)
         splits[split] = ids.astype(np.uint16)
-    text.publish(name, root, splits, "char", len(CHARS), CHARS)
+    small_sets.publish(name, root, splits, "char", len(CHARS), CHARS)
 
 
 def environment(data_root: Path, **more: str) -> dict[str, str]:
     """The environment to run a command in: one thread, no network mirror, this data root."""
     clean = {key: value for key, value in os.environ.items() if key not in ("DATA_MIRROR", "PYTHONPATH")}
-    return {**clean, "OMP_NUM_THREADS": "1", "DATA_ROOT": str(data_root), **more}
+    return {**clean, "ENV_PATH": sys.prefix, "OMP_NUM_THREADS": "1", "DATA_ROOT": str(data_root), **more}
 
 
 def run(clone: Path, data_root: Path, *words: object, **options) -> subprocess.CompletedProcess:

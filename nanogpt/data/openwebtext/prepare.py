@@ -12,6 +12,7 @@ at any moment, it goes on after the last complete shard when it is run again. Th
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -39,7 +40,9 @@ class Config:
     name: str = knob("openwebtext", "name of the token set and its folder")
     repository: str = knob(REPOSITORY, "data set on the hub, in Parquet files with a text column")
     revision: str = knob(REVISION, "its branch or commit")
-    text_files: str = knob("", 'read these JSON-lines files ({"text": ...} a line) instead; a glob pattern')
+    text_files: str = knob(
+        "", 'read these .jsonl ({"text": ...} a line) or .parquet files instead; a glob pattern'
+    )
     max_documents: int = knob(0, "stop after so many documents, 0: all", low=0)
     val_every: int = knob(2000, "one document in so many is validation text, picked by a hash", low=2)
     shard_tokens: int = knob(100_000_000, "tokens in one shard", low=1024, high=1_000_000_000)
@@ -54,12 +57,12 @@ def main(argv: list[str]) -> None:
     from nanogpt.common.shards import data_root
     from nanogpt.common.storage import make_folder
     from nanogpt.data.resume import recover
-    from nanogpt.data.sources import Hub, JsonLines
+    from nanogpt.data.sources import Hub, local_source
 
     root = data_root(config.data_root)
     folder = root / config.name
     if config.text_files:
-        source = JsonLines(config.text_files)
+        source = local_source(config.text_files)
     else:
         whole = (config.repository, config.max_documents) == (REPOSITORY, 0)
         source = Hub(config.repository, config.revision, text_bytes=TEXT_BYTES if whole else None)
@@ -79,7 +82,7 @@ def main(argv: list[str]) -> None:
 def _make(config: Config, source: object, root: Path, made_from: dict, state: object) -> None:
     from nanogpt.common.gpt2_encoding import gpt2_encoding
     from nanogpt.common.progress import Progress
-    from nanogpt.data.token_stream import AlreadyDone, ShardWriter, tokenize
+    from nanogpt.data.token_stream import AlreadyDone, ShardWriter, encode_documents, in_validation, tokenize
 
     encoding = gpt2_encoding(root)
     writer = ShardWriter(config.name, root / config.name, config.shard_tokens, made_from, state)
@@ -88,10 +91,10 @@ def _make(config: Config, source: object, root: Path, made_from: dict, state: ob
         try:
             tokenize(
                 source,
-                encoding,
+                partial(encode_documents, encoding),
                 writer,
                 workers=config.num_workers or len(os.sched_getaffinity(0)),
-                val_every=config.val_every,
+                validates=partial(in_validation, every=config.val_every),
                 max_documents=config.max_documents,
                 report=lambda chars, documents, tokens: bar.update(
                     chars, total, f"{documents:,} documents, {tokens:,} tokens"

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     """Make the set, or say that it is there."""
     config = parse(Config, argv, prog=f"nanogpt/data/{NAME}/prepare.py", description=__doc__)
     from nanogpt.common.shards import TokenSet, data_root
-    from nanogpt.data import text
+    from nanogpt.data import small_sets
 
     root = data_root(config.data_root)
 
@@ -94,10 +94,10 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{folder}: holds too little Python source; use a full installation of Python")
         digest = hashlib.sha256("\0".join(splits.values()).encode()).hexdigest()
         source = {"python": platform.python_version(), "files": len(texts), "sha256": digest}
-        ids = {split: text.char_ids(part, CHARS) for split, part in splits.items()}
-        return text.publish(NAME, root, ids, "char", len(CHARS), CHARS, source=source)
+        ids = {split: small_sets.char_ids(part, CHARS) for split, part in splits.items()}
+        return small_sets.publish(NAME, root, ids, "char", len(CHARS), CHARS, source=source)
 
-    text.prepare_small(NAME, root, make)
+    small_sets.prepare_small(NAME, root, make)
 
 
 if __name__ == "__main__":

@@ -35,22 +35,22 @@ def main(argv: list[str]) -> None:
 
     from nanogpt.common.gpt2_encoding import gpt2_encoding
     from nanogpt.common.shards import GPT2_VOCAB, TokenSet, data_root
-    from nanogpt.data import text
+    from nanogpt.data import small_sets
 
     root = data_root(config.data_root)
 
     def make() -> TokenSet:
-        play = text.shakespeare_text(root)
+        play = small_sets.shakespeare_text(root)
         encoding = gpt2_encoding(root)
         splits = {
             # One document without an end-of-text token, as in nanoGPT: the counts stay comparable.
             split: np.array(encoding.encode_ordinary(part), dtype=np.uint16)
-            for split, part in text.split_90_10(play).items()
+            for split, part in small_sets.split_90_10(play).items()
         }
-        source = {"url": text.SHAKESPEARE_URL, "sha256": text.SHAKESPEARE_SHA256}
-        return text.publish(NAME, root, splits, "gpt2", GPT2_VOCAB, source=source)
+        source = {"url": small_sets.SHAKESPEARE_URL, "sha256": small_sets.SHAKESPEARE_SHA256}
+        return small_sets.publish(NAME, root, splits, "gpt2", GPT2_VOCAB, source=source)
 
-    text.prepare_small(NAME, root, make)
+    small_sets.prepare_small(NAME, root, make)
 
 
 if __name__ == "__main__":

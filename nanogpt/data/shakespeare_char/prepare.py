@@ -31,18 +31,20 @@ def main(argv: list[str]) -> None:
     """Make the set, or say that it is there."""
     config = parse(Config, argv, prog=f"nanogpt/data/{NAME}/prepare.py", description=__doc__)
     from nanogpt.common.shards import TokenSet, data_root
-    from nanogpt.data import text
+    from nanogpt.data import small_sets
 
     root = data_root(config.data_root)
 
     def make() -> TokenSet:
-        play = text.shakespeare_text(root)
+        play = small_sets.shakespeare_text(root)
         chars = "".join(sorted(set(play)))
-        splits = {split: text.char_ids(part, chars) for split, part in text.split_90_10(play).items()}
-        source = {"url": text.SHAKESPEARE_URL, "sha256": text.SHAKESPEARE_SHA256}
-        return text.publish(NAME, root, splits, "char", len(chars), chars, source=source)
+        splits = {
+            split: small_sets.char_ids(part, chars) for split, part in small_sets.split_90_10(play).items()
+        }
+        source = {"url": small_sets.SHAKESPEARE_URL, "sha256": small_sets.SHAKESPEARE_SHA256}
+        return small_sets.publish(NAME, root, splits, "char", len(chars), chars, source=source)
 
-    text.prepare_small(NAME, root, make)
+    small_sets.prepare_small(NAME, root, make)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from board_kit import Made
 
-from nanogpt.data import text
+from nanogpt.data import small_sets
 from tests.faults import tiny
 from tests.tools import run_kit
 from tools.leaderboard import command
@@ -347,7 +347,7 @@ def test_a_real_study_reaches_the_board_and_is_run_again(
 def test_a_real_speedrun_of_the_tiny_preset(tmp_path: Path, run_python: Callable, capsys) -> None:
     """The speedrun's trainer on the CPU: its directory is read, and what its marks say of FineWeb is no matter here."""
     ids = {"train": np.arange(60_000) % 95, "val": np.arange(1200) % 95}
-    text.publish(
+    small_sets.publish(
         "letters", tmp_path, {k: v.astype(np.uint16) for k, v in ids.items()}, "char", 96, run_kit.CHARS
     )
     flags = (

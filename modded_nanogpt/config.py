@@ -117,6 +117,11 @@ class Config:
     cautious_decay: bool = knob(True, "decay only what the update moves outward")
     mantissa: bool = knob(True, "16 more bits for the bfloat16 weights of Muon")
     qk_pairs: bool = knob(True, "Q and K are orthogonalized by pairs of heads; false: whole")
+    averaging: bool = knob(
+        False, "the run ends with averages of its last quarter's weights (beyond record 89)"
+    )
+    two_momenta: bool = knob(False, "Muon with a fast and a slow momentum and six rounds (beyond record 89)")
+    sampled_softmax: bool = knob(False, "most steps score a part of the vocabulary only (beyond record 89)")
     canonical: bool = knob(False, "evaluate with impossible next tokens masked (beyond the record)")
     # Evaluation, log, checkpoints.
     eval_interval: int = knob(250, "steps between validations", low=1, high=10**9)
@@ -269,6 +274,10 @@ def _check_techniques(config: Config) -> None:
     if config.key_offset and not config.half_rope:
         raise UserError(
             "--half_rope=false: the key offset needs the unrotated half of each head; add --key_offset=false"
+        )
+    if config.sampled_softmax and config.vocab_size:
+        raise UserError(
+            f"--sampled_softmax=true: is made for GPT-2's vocabulary, not --vocab_size={config.vocab_size}"
         )
     if config.vocab_size == 1:
         raise UserError("--vocab_size=1: nothing is left to predict; 0 means GPT-2's 50,257")

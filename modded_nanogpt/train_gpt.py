@@ -234,6 +234,8 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
             and not asked_to_stop
             and progress["val_step"] != step
         ):
+            if at_end:
+                state.optimizer.average()  # on the clock, like everything that the result needs
             progress["train_ms"] = clock.stop()
             look_back(everything=True)
             last_ms = progress["train_ms"]

@@ -89,7 +89,7 @@ def test_windows_weights_and_batches_need_no_other_graph(state):
         return graph
 
     compiled = dataclasses.replace(
-        state, train_graph=torch.compile(lanes.lane_loss, fullgraph=True, backend=backend)
+        state, train_graph=torch.compile(lanes.lane_residual, fullgraph=True, backend=backend)
     )
     config = state.model.config
     for step in (0, 20, 40):

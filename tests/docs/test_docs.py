@@ -138,7 +138,7 @@ def test_the_commands_for_gpus_fit_their_presets() -> None:
     seen = 0
     for command in all_commands():
         if command.startswith("make ddp-train"):
-            ranks, rest = int(command.partition("NGPUS=")[2]), ["train_gpt2"]
+            ranks, rest = int(command.partition("NGPUS=")[2]), ["train_gpt2_epoch"]
         elif "torchrun" in command:
             words = shlex.split(command.removeprefix("cd nanogpt && "))
             numbers = {name: value for name, _, value in (word.partition("=") for word in words)}

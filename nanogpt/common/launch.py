@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from nanogpt.common import checkpoint_names, lease, rundir, source
+from nanogpt.common import checkpoint_names, lease, rundir, source, tracking
 from nanogpt.common.errors import CommandError, UserError
 
 # What a command line asks for this once; a resume without the flag does not inherit it.
@@ -61,6 +61,8 @@ def open_run(trainer: Trainer, explicit: dict[str, object], argv: list[str]) -> 
         if os.environ.get("RANK", "0") == "0":
             with rundir.one_at_a_time(folder):
                 opened = _open(trainer, config, explicit, folder, argv)
+            if opened and _stored(folder)["config"].get("wandb_log"):
+                tracking.start(folder, trainer.root)
             return folder if opened else None
         if config.check:
             return None
@@ -70,6 +72,8 @@ def open_run(trainer: Trainer, explicit: dict[str, object], argv: list[str]) -> 
 
 def _open(trainer: Trainer, config: object, explicit: dict, folder: Path, argv: list[str]) -> bool:
     """Rank 0's part of `open_run`; False when `--check` ends here."""
+    if getattr(config, "wandb_log", False):
+        tracking.mode()
     going_on = config.init_from == "resume" or (config.auto_resume and rundir.holds_run(folder))
     if not going_on:
         rundir.refuse_taken(folder, config.overwrite)

@@ -35,7 +35,14 @@ LOSS_GOAL = (
 )
 FP8_LOSS = 0.01  # most that 8-bit products may cost
 TINY_MODEL = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32")
-TINY = (*TINY_MODEL, "--batch_size=8", "--tokens_per_step=512", "--device=cpu", "--num_threads=1")
+TINY = (
+    *TINY_MODEL,
+    "--batch_size=8",
+    "--tokens_per_step=256",
+    "--eval_tokens=512",
+    "--device=cpu",
+    "--num_threads=1",
+)
 TINY_SAMPLING = (*TINY_MODEL, "--vocab_size=512", "--new_tokens=24", "--rounds=1", "--device=cpu")
 
 
@@ -119,7 +126,10 @@ def training_rows(options: Options, theirs: Row | None, their_speed: float | Non
         if not runs:
             continue
         names = ("tokens_per_s", "mfu", "memory_gib")
-        middle = {name: statistics.median(run[name] for run in runs) for name in names}
+        medians = {name: statistics.median(run[name] for run in runs) for name in names}
+        middle = {
+            name: value if value == value else None for name, value in medians.items()
+        }  # NaN: not known
         loss, note = (
             statistics.mean(run["val_loss"] for run in runs),
             f"{seeds} seed{'s' if seeds > 1 else ''}",
@@ -177,7 +187,7 @@ def table(rows: list[Row]) -> list[str]:
             f"{row.tokens_per_s:,.0f}",
             "-" if row.ratio is None else f"{row.ratio:.2f}",
             goal,
-            "-" if row.mfu is None or row.mfu != row.mfu else f"{100 * row.mfu:.1f} %",
+            "-" if row.mfu is None else f"{100 * row.mfu:.1f} %",
             "-"
             if row.memory_gib is None or row.memory_gib != row.memory_gib
             else f"{row.memory_gib:.1f} GiB",

@@ -48,6 +48,10 @@ class Config:
     )
     accept_changed: str = knob("", "resume although these changed: any of code,config,data,torch")
     check: bool = knob(False, "check everything that needs no GPU, print the plan and stop")
+    smoke: bool = knob(
+        False,
+        "does my edit run? 10 eager steps on small batches, one validation; in out_dir-smoke, made anew",
+    )
     # What is trained, and how long.
     recipe: str = knob("record", "model, stages and target: record (to 3.28), medium (to 2.92), or tiny ones for CPUs",
                       choices=tuple(layer_plan.SIZES))  # fmt: skip

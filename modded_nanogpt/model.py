@@ -262,7 +262,8 @@ class SpeedrunModel(nn.Module):
         """{(name, layer): (T, width)} of one gate network on z (T, d), or of plain learned numbers."""
         if self.config.input_gates:
             hidden = F.gelu(F.linear(z, self.gate_w1[tier]))
-            values = F.linear(hidden, self.gate_w2[tier], self.gate_b2[tier]) * self.gate_scale[0]
+            # The bias is no part of the product, whose bfloat16 result would lose what small inputs add to 10.5.
+            values = (F.linear(hidden, self.gate_w2[tier]) + self.gate_b2[tier]) * self.gate_scale[0]
         elif self.gates[tier]:
             values = self.static_gates.chunk(2)[tier].to(z.dtype).expand(z.shape[0], -1)
         return {
@@ -282,7 +283,7 @@ class SpeedrunModel(nn.Module):
     def _mudd_values(self, block: int, z: Tensor) -> dict[str, Tensor]:
         """{name: (T, 1)} of MUDD network `block` on the residual z (T, d)."""
         hidden = F.gelu(F.linear(z, self.mudd_w1[block]))
-        values = MUDD_SCALE * F.linear(hidden, self.mudd_w2[block], self.mudd_b2[block])
+        values = MUDD_SCALE * (F.linear(hidden, self.mudd_w2[block]) + self.mudd_b2[block])
         return {name: values[:, column : column + 1] for column, (name, _) in enumerate(MUDD_OUTPUTS[block])}
 
     def _mudd_layer(

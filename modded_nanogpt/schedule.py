@@ -24,6 +24,7 @@ MTP_ONE = ((1.0, 1.0), (0.0, 0.0), (0.0, 0.0))
 
 MOMENTUM_LOW, MOMENTUM_HIGH = 0.85, 0.95
 MOMENTUM_WARMUP, MOMENTUM_COOLDOWN = 300, 50  # steps; not scaled with the length of the run
+SMOKE_PART = 16  # --smoke trains on a sixteenth of each step's tokens
 EXACT_FP8_STEPS = 16  # the down-projection starts at 0 and grows too fast for delayed scales
 
 
@@ -267,6 +268,8 @@ def _without_techniques(stage: Stage, recipe: Recipe, config: "Config") -> Stage
     if not config.batch_schedule:
         steady = recipe.stages[recipe.constant_batch]
         changes.update(batch_tokens=steady.batch_tokens, lr_factor=steady.lr_factor)
+    if config.smoke:
+        changes.update(batch_tokens=stage.batch_tokens // SMOKE_PART)
     if not config.window_schedule:
         last = recipe.stages[-1]
         changes.update(short_window=last.short_window, long_window=last.long_window)

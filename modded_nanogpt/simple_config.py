@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nanogpt.common.errors import UserError
 from nanogpt.common.flags import convert, knob, nearest, parse_values
+from nanogpt.common.launch import SMOKE_STEPS
 from nanogpt.common.machine import check_device, refuse_unknown_home
 
 PROG = "python -m modded_nanogpt.train_gpt_simple"
@@ -19,6 +20,9 @@ PRESETS = Path(__file__).resolve().parent / "simple_presets"
 WARMDOWN_SHARE = 0.7  # of the iterations, where nothing else is said
 LARGEST_PLAN, MOST_RUNS = 1 << 20, 1000  # bytes and runs of a plan
 PLAN_KEYS = ("out_dir", "seed", "variant", "optimizer", "flags")
+# Of --smoke, at most. Muon's updates of GPT-2's matrices alone take a CPU a quarter of a minute a step.
+SMOKE_BATCH = {"device_batch_size": 4, "sequence_length": 64}
+SMOKE_LAYERS_ON_CPU, SMOKE_MODEL_ON_CPU = 4, {"model_dim": 64, "num_heads": 2}
 STAGE_KNOBS = ("num_iterations", "warmdown_iters", "batch_size", "device_batch_size", "val_loss_every")
 
 # What a resumed run may change: nothing that the losses depend on.
@@ -48,6 +52,10 @@ class Config:
     )
     accept_changed: str = knob("", "resume although these changed: any of code,config,data,torch")
     check: bool = knob(False, "check everything that needs no GPU, print the plan and stop")
+    smoke: bool = knob(
+        False,
+        "does my edit run? 10 eager steps on small batches, one validation; in out_dir-smoke, made anew",
+    )
     plan: str = knob(
         "", "a JSON list of {out_dir, seed, variant, optimizer, flags}: trained in turn, in one process"
     )
@@ -171,6 +179,20 @@ def resolve(config: Config, world_size: int) -> Plan:
 def lr_factor(plan: Plan, step: int) -> float:
     """Of all learning rates: 1, then linearly to 0 over the last `warmdown_steps` steps."""
     return min(1.0, (plan.total_steps - step) / max(1, plan.warmdown_steps))
+
+
+def smoke_sizes(values: dict[str, object], on_gpu: bool, world_size: int) -> dict[str, object]:
+    """What --smoke puts in place of the knobs `values`."""
+    small = {"num_iterations": SMOKE_STEPS, "warmdown_iters": -1, "val_loss_every": 0, "target_val_loss": 0.0,
+             "log_interval": 1, "repeat_data": True, "compile": "false"}  # fmt: skip
+    for name, most in SMOKE_BATCH.items():
+        small[name] = min(int(values.get(name, getattr(Config, name))), most)
+    if not on_gpu:
+        small["num_layers"] = min(int(values.get("num_layers", Config.num_layers)), SMOKE_LAYERS_ON_CPU)
+        wide = int(values.get("model_dim", Config.model_dim)) > SMOKE_MODEL_ON_CPU["model_dim"]
+        small |= SMOKE_MODEL_ON_CPU if wide else {}
+    small["batch_size"] = small["device_batch_size"] * world_size
+    return {**small, "val_tokens": 4 * small["device_batch_size"] * small["sequence_length"]}
 
 
 def values_of(argv: list[str], description: str) -> dict[str, object]:

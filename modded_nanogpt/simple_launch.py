@@ -17,12 +17,14 @@ from modded_nanogpt.simple_config import (
     Config,
     read_plan,
     resolve,
+    smoke_sizes,
     values_of,
 )
 from modded_nanogpt.variants import find, name_of
 from nanogpt.common import rundir, source
 from nanogpt.common.errors import UserError
-from nanogpt.common.launch import Trainer, open_run, rank_zero_speaks
+from nanogpt.common.flags import flag_given
+from nanogpt.common.launch import Trainer, open_run, rank_zero_speaks, smoke_values
 from nanogpt.common.machine import has_nvidia_driver, world_size_from_environment
 from nanogpt.common.shards import TokenSet, data_root, open_token_set, verify
 
@@ -60,12 +62,17 @@ def runs_of(values: Values, argv: list[str]) -> list[Values]:
         common = {name: value for name, value in values.items() if name not in ("plan", "check", "out_dir")}
         if values.get("overwrite"):
             raise UserError("--overwrite=true with --plan: a plan goes on with what is there; keep one")
-        if any(word.replace("-", "_").startswith("__out_dir") for word in argv):
+        if values.get("smoke"):
+            raise UserError("--smoke with --plan: try one run of the plan; keep one of the two")
+        if flag_given(argv, "out_dir"):
             raise UserError("--out_dir with --plan: every run of the plan names its own; leave the flag away")
         return read_plan(Path(str(values["plan"])).expanduser(), common)
-    given = any(word.replace("-", "_").startswith("__out_dir") for word in argv)
     folder = Path(str(values.get("out_dir", Config.out_dir))).expanduser()
-    return [{**values, "out_dir": str(folder if given else ROOT / folder)}]
+    one = {**values, "out_dir": str(folder if flag_given(argv, "out_dir") else ROOT / folder)}
+    if values.get("smoke"):
+        on_gpu = values.get("device") != "cpu" and has_nvidia_driver()
+        one = smoke_values(one, argv, smoke_sizes(values, on_gpu, world_size_from_environment()))
+    return [one]
 
 
 def later_runs(argv: list[str], description: str, first: Path) -> list[Values]:

@@ -26,8 +26,8 @@ from modded_nanogpt.config import FREE, PRESETS, Config, Plan, resolve
 from modded_nanogpt.layer_plan import CPU_RECIPES
 from nanogpt.common import compiler, rundir
 from nanogpt.common.errors import EXIT_INTERRUPTED, NonFiniteError, UserError, run_command
-from nanogpt.common.flags import parse_values
-from nanogpt.common.launch import Trainer, open_run, rank_zero_speaks
+from nanogpt.common.flags import flag_given, parse_values
+from nanogpt.common.launch import SMOKE_STEPS, Trainer, open_run, rank_zero_speaks, smoke_values
 from nanogpt.common.machine import has_nvidia_driver, world_size_from_environment
 
 if typing.TYPE_CHECKING:
@@ -35,6 +35,7 @@ if typing.TYPE_CHECKING:
 
 PROG = "python -m modded_nanogpt.train_gpt"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+SMOKE_ON_CPU = {"record": "tiny", "medium": "tiny_medium"}  # the same layers, narrower
 SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory is made; more by all ranks
 
 
@@ -94,17 +95,33 @@ def main(argv: list[str], default_preset: str = "record") -> int:
     folder = rundir.running_from_copy(Path(__file__))
     if folder is None:
         with rank_zero_speaks():
-            named = any(not word.startswith("-") for word in argv)
-            words = argv if named else [default_preset, *argv]
-            values = parse_values(Config, words, prog=PROG, description=__doc__, presets=PRESETS)
-            out_dir = Path(str(values.get("out_dir", Config.out_dir))).expanduser()
-            given = any(word.lstrip("-").replace("-", "_").startswith("out_dir") for word in argv)
-            values["out_dir"] = str(out_dir if given else TRAINER.root / out_dir)
+            values = values_of(argv, default_preset)
         folder = open_run(TRAINER, values, argv)
         if folder is None:
             return 0
         rundir.enter_copy(folder, TRAINER.entry)
     return go_on(folder)
+
+
+def values_of(argv: list[str], default_preset: str) -> dict[str, object]:
+    """The knobs that presets and flags set. UserError for whatever they may not be."""
+    named = any(not word.startswith("-") for word in argv)
+    words = argv if named else [default_preset, *argv]
+    values = parse_values(Config, words, prog=PROG, description=__doc__, presets=PRESETS)
+    out_dir = Path(str(values.get("out_dir", Config.out_dir))).expanduser()
+    values["out_dir"] = str(out_dir if flag_given(argv, "out_dir") else TRAINER.root / out_dir)
+    if not values.get("smoke"):
+        return values
+    recipe = str(values.get("recipe", Config.recipe))
+    if values.get("device") == "cpu" or not has_nvidia_driver():
+        recipe = SMOKE_ON_CPU.get(recipe, recipe)
+    least = len(schedule.STAGES[recipe].stages)  # every stage has a step
+    small = {
+        "recipe": recipe, "steps": max(least, SMOKE_STEPS - 1), "extension_steps": 1, "eval_tokens": 1024,
+        "eval_slice": 512, "lanes": max(2, world_size_from_environment()), "log_interval": 1, "warmup": False,
+        "compile": "false", "compile_cache": "none", "data_passes": 1000, "wandb_log": False,
+    }  # fmt: skip
+    return smoke_values(values, argv, small)
 
 
 def go_on(folder: Path) -> int:
@@ -210,7 +227,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
         at_end = step >= plan.total_steps
         look_back(everything=at_end)
         if (
-            (at_end or step % config.eval_interval == 0)
+            (at_end or (step % config.eval_interval == 0 and not config.smoke))
             and not asked_to_stop
             and progress["val_step"] != step
         ):

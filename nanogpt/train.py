@@ -25,8 +25,8 @@ from statistics import median
 
 from nanogpt.common import compiler, rundir
 from nanogpt.common.errors import EXIT_INTERRUPTED, NonFiniteError, UserError, run_command
-from nanogpt.common.flags import parse_values
-from nanogpt.common.launch import Trainer, open_run, rank_zero_speaks
+from nanogpt.common.flags import flag_given, parse_values
+from nanogpt.common.launch import SMOKE_STEPS, Trainer, open_run, rank_zero_speaks, smoke_values
 from nanogpt.common.machine import has_nvidia_driver, world_size_from_environment
 from nanogpt.config import FREE, OPERATORS, PRESETS, Config, Plan, resolve
 
@@ -34,6 +34,8 @@ if typing.TYPE_CHECKING:
     from nanogpt.common.shards import TokenSet
 
 PROG = "python -m nanogpt.train"
+SMOKE_BATCH = {"batch_size": 4, "block_size": 64}  # at most
+SMOKE_LAYERS_ON_CPU, SMOKE_MODEL_ON_CPU = 4, {"n_embd": 128, "n_head": 4}  # wider ones take minutes there
 SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory is made; more by all ranks
 
 
@@ -101,8 +103,7 @@ def main(argv: list[str]) -> int:
     folder = rundir.running_from_copy(Path(__file__))
     if folder is None:
         with rank_zero_speaks():
-            values = parse_values(Config, argv, prog=PROG, description=__doc__, presets=PRESETS)
-            values |= {} if flag_given(argv, "out_dir") else {"out_dir": default_out_dir(values)}
+            values = values_of(argv)
         folder = open_run(TRAINER, values, argv)
         if folder is None:
             return 0
@@ -110,11 +111,24 @@ def main(argv: list[str]) -> int:
     return go_on(folder)
 
 
-def flag_given(argv: list[str], name: str) -> bool:
-    """Whether the command line itself sets the knob, rather than a preset."""
-    return any(
-        word.partition("=")[0].lstrip("-").replace("-", "_") == name for word in argv if word[:2] == "--"
-    )
+def values_of(argv: list[str]) -> dict[str, object]:
+    """The knobs that presets and flags set. UserError for whatever they may not be."""
+    values = parse_values(Config, argv, prog=PROG, description=__doc__, presets=PRESETS)
+    values |= {} if flag_given(argv, "out_dir") else {"out_dir": default_out_dir(values)}
+    if not values.get("smoke"):
+        return values
+    batch, block = (min(int(values.get(name, 1 << 20)), most) for name, most in SMOKE_BATCH.items())
+    small = {
+        "batch_size": batch, "block_size": block, "tokens_per_step": 0, "gradient_accumulation_steps": 0,
+        "max_iters": SMOKE_STEPS, "eval_iters": 0, "eval_tokens": 4 * batch * block, "log_interval": 1,
+        "compile": "false", "wandb_log": False,
+    }  # fmt: skip
+    on_cpu = values.get("device") == "cpu" or not has_nvidia_driver()
+    if on_cpu and values.get("init_from", "scratch") == "scratch":
+        small["n_layer"] = min(int(values.get("n_layer", Config.n_layer)), SMOKE_LAYERS_ON_CPU)
+        wide = int(values.get("n_embd", Config.n_embd)) > SMOKE_MODEL_ON_CPU["n_embd"]
+        small |= SMOKE_MODEL_ON_CPU if wide else {}
+    return smoke_values(values, argv, small)
 
 
 def default_out_dir(values: dict[str, object]) -> str:
@@ -207,7 +221,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
         # Validate at fixed steps and at the end; save what is best, or everything, as asked.
         # A stop does not wait for a validation: the grace that SLURM gives may be shorter. The resume makes it.
         at_end = (step >= config.max_iters or config.eval_only) and not asked_to_stop
-        val_due = (step % config.eval_interval == 0 or at_end) and not asked_to_stop
+        val_due = (at_end or (step % config.eval_interval == 0 and not config.smoke)) and not asked_to_stop
         if val_due and (progress["val_step"] != step or config.eval_only):
             val_loss = setup.evaluate(state.model, val_batches, ranks)
             if not math.isfinite(val_loss):

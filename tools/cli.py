@@ -8,6 +8,7 @@ import importlib
 
 from nanogpt.common.errors import UserError, run_command
 from nanogpt.common.flags import nearest
+from tools.site import settings
 
 # name: (module, one line for --help). The groups are in the order in which a newcomer meets them.
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -20,12 +21,20 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "tools.site.plan",
             "what can I have: partitions, limits, expected start, GPU-hours, waves of seeds",
         ),
+        "config": (
+            "tools.site.settings",
+            "your account, paths, board, mail: each value and where it comes from",
+        ),
         "site": ("tools.site.profile", "which cluster this is, and `site init` for a new one"),
     },
     "jobs": {
         "launch": (
             "tools.launch.command",
             "submit a run or an array of seeds (or start it here, without SLURM)",
+        ),
+        "shell": (
+            "tools.launch.shell",
+            "a shell on a compute node, in the repository, with the environment on",
         ),
         "status": (
             "tools.launch.manage:status",
@@ -104,6 +113,8 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"engaging {name}: no such command{nearest(name, list(COMMANDS))} (all: engaging --help)"
         )
+    if name != "config" and not {"-h", "--help"} & set(rest):
+        settings.apply()
     module_name, _, function = COMMANDS[name][0].partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -121,5 +132,5 @@ def main(argv: list[str]) -> int:
 
 
 def entry() -> None:
-    """The console script `engaging`."""
+    """What tools/bin/engaging and `python -m tools` call."""
     run_command(main)

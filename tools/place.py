@@ -8,8 +8,7 @@ MARKS = ("slurm/lib", "nanogpt/common", "pyproject.toml")
 
 
 def checkout() -> Path:
-    """The root of the checkout: the one around the current folder, else the one these tools were installed
-    from.
+    """The root of the checkout: the one around the current folder, else the one these tools are in.
 
     Raises UserError when neither is one.
     """

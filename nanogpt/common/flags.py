@@ -134,6 +134,13 @@ def parse_values(
     return values
 
 
+def flag_given(argv: Sequence[str], name: str) -> bool:
+    """Whether the command line itself sets the knob, rather than a preset."""
+    return any(
+        word.partition("=")[0].lstrip("-").replace("-", "_") == name for word in argv if word[:2] == "--"
+    )
+
+
 def to_argv(config: object) -> list[str]:
     """The flags that make `config` again: what `repro` and a resumed run are started with."""
     return [f"--{field.name}={getattr(config, field.name)}" for field in dataclasses.fields(config)]

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from nanogpt.common import checkpoint_names, lease, rundir, source, tracking
 from nanogpt.common.errors import CommandError, UserError
+from nanogpt.common.flags import flag_given
 
+SMOKE_STEPS = 10
 # What a command line asks for this once; a resume without the flag does not inherit it.
 MOMENTARY = frozenset(["auto_resume", "overwrite", "accept_changed", "check", "eval_only"])
 
@@ -26,7 +28,7 @@ MOMENTARY = frozenset(["auto_resume", "overwrite", "accept_changed", "check", "e
 class Trainer:
     """What distinguishes one trainer from another here."""
 
-    # A frozen dataclass with out_dir, init_from, auto_resume, overwrite, accept_changed, check.
+    # A frozen dataclass with out_dir, init_from, auto_resume, overwrite, accept_changed, check, smoke.
     config_class: type
     root: Path  # of the repository
     folders: tuple[str, ...]  # of the source copy
@@ -48,6 +50,15 @@ def rank_zero_speaks() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             raise
         raise SystemExit(error.exit_code) from None
+
+
+def smoke_values(values: dict[str, object], argv: list[str], small: dict[str, object]) -> dict[str, object]:
+    """The knobs of a --smoke: `values` with those of `small` in their place, in a run directory of its own.
+
+    What the command line itself says wins over `small`.
+    """
+    small = {**small, "out_dir": f"{values['out_dir']}-smoke"}
+    return values | {name: value for name, value in small.items() if not flag_given(argv, name)}
 
 
 def open_run(trainer: Trainer, explicit: dict[str, object], argv: list[str]) -> Path | None:
@@ -74,9 +85,12 @@ def _open(trainer: Trainer, config: object, explicit: dict, folder: Path, argv: 
     """Rank 0's part of `open_run`; False when `--check` ends here."""
     if getattr(config, "wandb_log", False):
         tracking.mode()
-    going_on = config.init_from == "resume" or (config.auto_resume and rundir.holds_run(folder))
+    held = rundir.holds_run(folder)
+    anew = config.smoke and config.init_from != "resume"
+    going_on = config.init_from == "resume" or (config.auto_resume and held and not anew)
     if not going_on:
-        rundir.refuse_taken(folder, config.overwrite)
+        replaced = anew and held and bool(_stored(folder)["config"].get("smoke"))
+        rundir.refuse_taken(folder, config.overwrite or replaced)
         resolved, details = trainer.inspect(config)
         if config.check:
             return False
@@ -89,6 +103,8 @@ def _open(trainer: Trainer, config: object, explicit: dict, folder: Path, argv: 
             "run_id": secrets.token_hex(8),
             **details,
         }
+        if replaced:
+            rundir.remove(folder)
         rundir.create(folder, files, record, argv, config.overwrite)
         return True
     if not rundir.holds_run(folder):

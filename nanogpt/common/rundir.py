@@ -230,6 +230,15 @@ def move_aside(folder: Path) -> Path:
     return target
 
 
+def remove(folder: Path) -> None:
+    """Delete the run in `folder`, config.json last; what a launcher has put there stays."""
+    staying = LAUNCHER_ENTRIES - {"lease.json", "stop"}
+    with storage_errors(folder):
+        mine = [path for path in folder.iterdir() if path.name not in staying]
+        for path in sorted(mine, key=lambda path: path.name == "config.json"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def _free_name(folder: Path) -> Path:
     number = 1
     while (target := folder.with_name(f"{folder.name}.{number}")).exists():

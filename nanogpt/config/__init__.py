@@ -78,6 +78,10 @@ class Config:
     )
     accept_changed: str = knob("", "resume although these changed: any of code,config,data,torch")
     check: bool = knob(False, "check everything that needs no GPU, print the plan and stop")
+    smoke: bool = knob(
+        False,
+        "does my edit run? 10 eager steps on small batches, one validation; in out_dir-smoke, made anew",
+    )
     # Model.
     n_layer: int = knob(12, "transformer blocks", low=1, high=1000)
     n_head: int = knob(12, "attention heads", low=1, high=1000)

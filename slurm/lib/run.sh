@@ -277,10 +277,12 @@ run_step() { # FOLDER: the trainer on all nodes, until it has ended; sets child_
 }
 
 start_step() { # FOLDER: one task a node, in the background, so that this shell hears signals
-    local nodes=${SLURM_JOB_NUM_NODES:-1} options
+    # The task takes all of the node's CPUs, memory and GPUs that the job has. Said in full, because an inner srun
+    # inherits no CPUs from `sbatch --cpus-per-task` since 22.05, and takes the job's --cpus-per-gpu in its own way.
+    local nodes=${SLURM_JOB_NUM_NODES:-1} options cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}
     options=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 --wait=300)
-    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
-    RUN_FOLDER=$1 srun "${options[@]}" bash "$ROOT/slurm/lib/run.sh" "$trainer" ${words[@]+"${words[@]}"} &
+    if [ -n "$cpus" ]; then options+=(--cpus-per-task="$cpus"); fi
+    RUN_FOLDER=$1 env -u SLURM_CPUS_PER_GPU -u SLURM_MEM_PER_GPU srun "${options[@]}" bash "$ROOT/slurm/lib/run.sh" "$trainer" ${words[@]+"${words[@]}"} &
     child=$!
 }
 

@@ -175,7 +175,7 @@ size_gpu_job() { # TYPE GPUS "gpus cpus memory nodes" of the node: CPUs and memo
     if [ "$memory" -gt "$share_memory" ]; then memory=$share_memory; fi
     if [ "$cpus" -lt 1 ]; then cpus=1; fi
     if [ "$memory" -lt 1 ]; then memory=1; fi
-    options+=("--gres=gpu:${type:+$type:}$gpus" "--cpus-per-task=$((cpus * gpus))" "--mem=$((memory * gpus))G")
+    options+=("--gres=gpu:${type:+$type:}$gpus" "--cpus-per-gpu=$cpus" "--mem-per-gpu=${memory}G")
 }
 
 refuse() { # REASONS GPUS TYPE NODES KIND HEADERS_PARTITION

@@ -4,8 +4,8 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:h200:1
-#SBATCH --cpus-per-task=16
-#SBATCH --mem=128G
+#SBATCH --cpus-per-gpu=15
+#SBATCH --mem-per-gpu=128G
 #SBATCH --time=05:00:00
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append

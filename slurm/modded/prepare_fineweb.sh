@@ -1,5 +1,5 @@
 #!/bin/bash
-#SBATCH --job-name=prepare-fineweb
+#SBATCH --job-name=modded-prepare-fineweb
 #SBATCH --partition=mit_normal
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,11 +1,11 @@
 #!/bin/bash
-#SBATCH --job-name=train-speedrun
+#SBATCH --job-name=modded-speedrun
 #SBATCH --partition=mit_normal_gpu
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:h200:8
-#SBATCH --cpus-per-task=64
-#SBATCH --mem=1024G
+#SBATCH --cpus-per-gpu=8
+#SBATCH --mem-per-gpu=120G
 #SBATCH --time=06:00:00
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append

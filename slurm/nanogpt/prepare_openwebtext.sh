@@ -1,5 +1,5 @@
 #!/bin/bash
-#SBATCH --job-name=prepare-openwebtext
+#SBATCH --job-name=nanogpt-prepare-openwebtext
 #SBATCH --partition=mit_normal
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

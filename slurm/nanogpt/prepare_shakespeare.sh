@@ -1,11 +1,11 @@
 #!/bin/bash
-#SBATCH --job-name=prepare-shakespeare
-#SBATCH --partition=mit_normal
+#SBATCH --job-name=nanogpt-prepare-shakespeare
+#SBATCH --partition=mit_quicktest
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=2
 #SBATCH --mem=4G
-#SBATCH --time=00:15:00
+#SBATCH --time=00:10:00
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue

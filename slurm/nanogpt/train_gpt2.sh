@@ -1,11 +1,11 @@
 #!/bin/bash
-#SBATCH --job-name=train-gpt2
+#SBATCH --job-name=nanogpt-train-gpt2
 #SBATCH --partition=mit_preemptable
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:h200:4
-#SBATCH --cpus-per-task=32
-#SBATCH --mem=256G
+#SBATCH --cpus-per-gpu=8
+#SBATCH --mem-per-gpu=64G
 #SBATCH --time=2-00:00:00
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append

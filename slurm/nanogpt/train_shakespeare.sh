@@ -1,11 +1,11 @@
 #!/bin/bash
-#SBATCH --job-name=train-shakespeare
+#SBATCH --job-name=nanogpt-train-shakespeare
 #SBATCH --partition=mit_normal_gpu
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:1
-#SBATCH --cpus-per-task=8
-#SBATCH --mem=32G
+#SBATCH --cpus-per-gpu=8
+#SBATCH --mem-per-gpu=32G
 #SBATCH --time=01:00:00
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append

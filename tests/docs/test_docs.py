@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def made_small(command: str, clone: Path) -> tuple[list[str], Path]:
     inside = command.startswith("cd nanogpt && ")
     words = shlex.split(command.removeprefix("cd nanogpt && "))
     if words[0] == "engaging":
-        words = ["python", "-m", "tools", *words[1:]]
+        words[0] = str(clone / "tools/bin/engaging")
     kind = next((kind for kind in APPENDED if f"nanogpt.{kind}" in words or f"{kind}.py" in words), "")
     words += APPENDED.get(kind, ())
     if words[0] == "python":
@@ -96,6 +97,7 @@ def made_small(command: str, clone: Path) -> tuple[list[str], Path]:
 def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, subprocess.CompletedProcess]]:
     """(clone, result of each command that is run), run in the order of reading."""
     clone = run_kit.make_clone(tmp_path_factory.mktemp("docs") / "clone")
+    shutil.copytree(ROOT / "modded_nanogpt", clone / "modded_nanogpt")
     for name in ("shakespeare_char", "python_source"):
         run_kit.make_data(clone / "data", name)
     results = {}
@@ -113,6 +115,15 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_the_command_works(executed, command: str) -> None:
     done = executed[1][command]
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def test_every_trainer_smokes_in_ten_steps_and_one_validation(executed) -> None:
+    """docs/hacking.md has a line for each of them."""
+    for name, steps in (("speedrun", 10), ("speedrun-medium", 13), ("simple", 10)):
+        metrics = executed[0] / "out" / f"{name}-smoke" / "metrics.jsonl"
+        events = [json.loads(line) for line in metrics.read_text().splitlines()]
+        assert [event["step"] for event in events if event["event"] == "train"] == list(range(steps))
+        assert [event["step"] for event in events if event["event"] == "val"] == [steps]
 
 
 def test_every_reason_for_not_running_is_still_needed() -> None:
@@ -364,7 +375,12 @@ PINNED = [  # (page, text there, file, text there)
         "slurm/modded/train_speedrun.sh",
         "has no such trainer yet",
     ),
-    ("guide-2-speedrun.md", "eight H200, 64 CPUs", "slurm/modded/train_speedrun.sh", "--cpus-per-task=64"),
+    (
+        "guide-2-speedrun.md",
+        "each with 8 CPUs and 120 GB",
+        "slurm/modded/train_speedrun.sh",
+        "--cpus-per-gpu=8",
+    ),
     ("engaging.md", "`MAX_RESTARTS` times at most (100)", "slurm/lib/run.sh", "MAX_RESTARTS:-100"),
     ("engaging.md", "at most every ten seconds", "tools/site/watch.py", "SQUEUE_EVERY_S = 10.0"),
     ("troubleshooting.md", "3 times in a row without a new checkpoint", "slurm/lib/run.sh", "MAX_FAILURES=3"),

@@ -129,9 +129,7 @@ def _command(module: str):
 
     def main(argv: list[str]) -> int:
         with found.rank_zero_speaks():
-            values = found.parse_values(
-                found.Config, argv, prog=found.PROG, description=found.__doc__, presets=found.PRESETS
-            )
+            values = found.values_of(argv)
         folder = found.open_run(found.TRAINER, values, argv)
         return 0 if folder is None else found.go_on(folder)
 

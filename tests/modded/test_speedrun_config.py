@@ -34,7 +34,7 @@ def test_the_records_numbers():
     off = {field.name for field in dataclasses.fields(config) if field.type is bool and not field.default}
     assert off == {
         "auto_resume", "overwrite", "check", "attention_at_6", "canonical", "wandb_log", "deterministic",
-        "fp8_backward",
+        "fp8_backward", "smoke",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(config)} >= FREE
 

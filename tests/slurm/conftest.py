@@ -269,7 +269,7 @@ def slow_jobs(project: Project) -> dict[str, str]:
     (data / "fineweb10B").mkdir(parents=True)
     (data / "fineweb10B" / "fineweb_train_000001.bin").touch()
     standin = {"SPEEDRUN_TRAINER": project.standin, "DATA_ROOT": str(data)}
-    common = ["-p", "pi_lab", "-w", "node5", "--gres=gpu:1", "--cpus-per-task=1", "--mem=1G"]
+    common = ["-p", "pi_lab", "-w", "node5", "--gres=gpu:1", "--cpus-per-gpu=1", "--mem-per-gpu=1G"]
     speedrun = "slurm/modded/train_speedrun.sh"
     return {
         # told 40 s before its only minute ends, and SLURM looks every 30 s: it needs two or three jobs' time

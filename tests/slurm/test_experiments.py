@@ -67,7 +67,7 @@ def standings(engaging, *study: str) -> dict[str, list[str]]:
     """State by experiment, without the time in its name."""
     found: dict[str, list[str]] = {}
     for row in json.loads(engaging("status", *study, "--json").stdout):
-        found.setdefault(row["experiment"].rpartition("_2")[0], []).append(row["state"])
+        found.setdefault(row["experiment"].rsplit("_", 2)[0], []).append(row["state"])
     return found
 
 
@@ -244,6 +244,7 @@ def killed_and_resumed(cluster, engaging, clone: Path, job: str) -> None:
     assert len({row["final_val_loss"] for rows in after.values() for row in rows}) == 8
 
 
+@pytest.mark.campaign  # minutes; its parts are tested above and in tests/tools
 def test_a_whole_study_from_its_first_run_to_the_board(cluster, engaging, whole, clone, tmp_path):
     """Four variants of two seeds with train_gpt_simple.py: queued, killed, resumed, promoted, reported, published."""
     where = ("--one-job", *SMALL)
@@ -254,7 +255,7 @@ def test_a_whole_study_from_its_first_run_to_the_board(cluster, engaging, whole,
     assert "goes on to stage B" in said and "4 runs" in said and "hours of a CPU" in said
     found = wait(engaging, "whole", {"finished"})
     (winner,) = {name for name in found if name.startswith("b_")} - {"b_baseline"}
-    paths = {path.name.rpartition("_2")[0]: path for path in kit.experiments(clone, "")}
+    paths = {path.name.rsplit("_", 2)[0]: path for path in kit.experiments(clone, "")}
     assert winner in whole("analyze", "whole", "--no-plots")
     assert f"{winner} against b_baseline" in whole("compare", paths["b_baseline"], paths[winner])
     page = tmp_path / "report.html"

@@ -16,10 +16,14 @@ SPEEDRUN = "slurm/modded/train_speedrun.sh"
 @pytest.mark.parametrize(
     ("script", "settings", "options"),
     [
-        (SHAKESPEARE, {}, "--partition=mit_normal_gpu --time=0-01:00:00 --gres=gpu:1 --cpus-per-task=8"),
-        (SHAKESPEARE, {"NUM_GPUS": "2"}, "--partition=mit_normal_gpu --gres=gpu:2 --cpus-per-task=16"),
+        (SHAKESPEARE, {}, "--partition=mit_normal_gpu --time=0-01:00:00 --gres=gpu:1 --cpus-per-gpu=8"),
+        (SHAKESPEARE, {"NUM_GPUS": "2"}, "--partition=mit_normal_gpu --gres=gpu:2 --cpus-per-gpu=8"),
         (SHAKESPEARE, {"NUM_GPUS": "4"}, "--partition=mit_preemptable --gres=gpu:4"),
-        (SHAKESPEARE, {"GPU_TYPE": "h200"}, "--partition=mit_normal_gpu --gres=gpu:h200:1 --mem=128G"),
+        (
+            SHAKESPEARE,
+            {"GPU_TYPE": "h200"},
+            "--partition=mit_normal_gpu --gres=gpu:h200:1 --mem-per-gpu=128G",
+        ),
         (SHAKESPEARE, {"GPU_TYPE": "a100"}, "--partition=mit_preemptable --gres=gpu:a100:1"),
         (SHAKESPEARE, {"TIME": "10h"}, "--partition=mit_preemptable --time=0-10:00:00"),
         (SHAKESPEARE, {"TIME": "90"}, "--partition=mit_normal_gpu --time=0-01:30:00"),
@@ -30,7 +34,7 @@ SPEEDRUN = "slurm/modded/train_speedrun.sh"
             "--partition=mit_normal_gpu\\,mit_preemptable",
         ),
         (SHAKESPEARE, {"ACCOUNT": "mit_general", "QOS": "normal"}, "--account=mit_general --qos=normal"),
-        (GPT2, {}, "--partition=mit_preemptable --gres=gpu:h200:4 --time=2-00:00:00 --cpus-per-task=32"),
+        (GPT2, {}, "--partition=mit_preemptable --gres=gpu:h200:4 --time=2-00:00:00 --cpus-per-gpu=8"),
         (GPT2, {"NODES": "2", "NUM_GPUS": "2"}, "--nodes=2 --ntasks-per-node=1 --gres=gpu:h200:2"),
         (
             GPT2,
@@ -179,7 +183,7 @@ def test_a_script_outside_of_the_repository_says_where_to_go(cluster, project, t
     shutil.copy(project.root / GPT2, copied)
     done = cluster.run("bash", copied, env=project.env, cwd=tmp_path, check=False)
     log = tmp_path / "log"
-    options = ["-p", "pi_lab", "--gres=none", "-o", log]
+    options = ["-p", "pi_lab", "--gres=gpu:1", "-o", log]
     job = cluster.sbatch(*options, project.root / GPT2, env=project.env, cwd=tmp_path)
     assert cluster.wait_for(job) == "FAILED" and cluster.job(job)["ExitCode"] == "2:0"
     for said in (done.stderr, log.read_text()):

@@ -117,7 +117,7 @@ def test_a_speedrun_on_tokens_that_are_not_there_is_refused_before_it_queues(pro
 @pytest.mark.parametrize(
     ("script", "partition"),
     [
-        ("slurm/nanogpt/prepare_shakespeare.sh", "mit_normal"),
+        ("slurm/nanogpt/prepare_shakespeare.sh", "mit_quicktest"),
         ("slurm/nanogpt/prepare_openwebtext.sh", "mit_normal"),
         ("slurm/modded/prepare_fineweb.sh", "mit_normal"),
     ],

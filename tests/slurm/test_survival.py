@@ -54,7 +54,7 @@ def at_once(cluster) -> str:
 def lost(cluster, project) -> tuple[str, str]:
     """(job, node) of a run whose slurmd is gone: SLURM takes a while to notice, and meanwhile other tests run."""
     others = "--exclude=node3,node4,node5,node6"  # where the other tests' jobs are
-    options = ["-p", "pi_lab", others, "--gres=gpu:1", "--cpus-per-task=2", "--mem=4G"]
+    options = ["-p", "pi_lab", others, "--gres=gpu:1", "--cpus-per-gpu=2", "--mem-per-gpu=4G"]
     job = project.sbatch(*options, SHAKESPEARE, *LONG, "--out_dir=out/lost", "--save_interval=50")
     project.wait_for_step(job, "lost", 30)
     (node,) = cluster.nodes_of(job)
@@ -74,7 +74,7 @@ def test_preempted_runs_go_on_exactly(cluster, project, undisturbed, at_once, lo
     }
     jobs = {
         run: project.sbatch(
-            *("-p", partition, "-w", node, f"--gres=gpu:{gpus}", "--cpus-per-task=2", "--mem=4G"),
+            *("-p", partition, "-w", node, f"--gres=gpu:{gpus}", "--cpus-per-gpu=2", "--mem-per-gpu=4G"),
             *(SHAKESPEARE, *LONG, f"--out_dir=out/{run}", f"--save_interval={save_interval}"),
         )
         for run, (gpus, node, partition, save_interval) in places.items()
@@ -139,7 +139,7 @@ def test_a_lost_node_does_not_spoil_the_run(cluster, project, undisturbed, lost)
 
 
 def test_an_array_task_requeues_itself_alone(cluster, project, standin, steady):
-    options = ["-p", "pi_lab", "--gres=gpu:1", "--cpus-per-task=1", "--mem=1G", "--array=0-2"]
+    options = ["-p", "pi_lab", "--gres=gpu:1", "--cpus-per-gpu=1", "--mem-per-gpu=1G", "--array=0-2"]
     job = project.sbatch(*options, "slurm/modded/train_speedrun.sh", "--steps=120", "--pause=0.1", **standin)
     for task in range(3):
         cluster.wait_for(f"{job}_{task}", "RUNNING")
@@ -163,7 +163,7 @@ def test_a_signal_before_the_trainer_listens_loses_nothing(cluster, project, sta
         "    print('deaf', flush=True); time.sleep(60)\n"
         f"runpy.run_path({project.standin!r}, run_name='__main__')\n"
     )
-    options = ["-p", "pi_lab", "--gres=gpu:1", "--cpus-per-task=1", "--mem=1G"]
+    options = ["-p", "pi_lab", "--gres=gpu:1", "--cpus-per-gpu=1", "--mem-per-gpu=1G"]
     job = project.sbatch(
         *options, "slurm/modded/train_speedrun.sh", "--out_dir=out/deaf", SPEEDRUN_TRAINER=str(deaf)
     )

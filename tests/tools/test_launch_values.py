@@ -13,7 +13,9 @@ from nanogpt.common.errors import UserError
 from tools.args import NAME, list_of_names, name_of
 from tools.launch import book, presets, snapshot
 from tools.launch.book import Launch
+from tools.launch.command import _parser
 from tools.launch.environment import is_secret, job_environment
+from tools.launch.passed_on import passed_on
 from tools.launch.submit import batch_script, write_args
 from tools.site.limits import Request
 
@@ -242,3 +244,45 @@ def _argv_in_the_job(words: list[str], folder: Path) -> list[str]:
     return [
         word.decode("utf-8", "surrogateescape") for word in (folder / "seen").read_bytes().split(b"\0")[:-1]
     ]
+
+
+def options_of(*words: str) -> dict:
+    return passed_on(_parser().read(["gpt2", *words]))
+
+
+def test_any_option_of_sbatch_is_passed_on_and_mail_sets_the_useful_four(monkeypatch):
+    monkeypatch.setenv("ENGAGING_MAIL", "lab@mit.edu")
+    found = options_of(
+        "--sbatch", "--nice=100", "--sbatch", "exclusive", "--sbatch=constraint=[a|b]&c", "--mail"
+    )
+    text = batch_script(
+        launch(), Request(1, "h200", 60, 1, 8, None), partition="p", tasks=1, throttle=1, passed_on=found
+    )
+    lines = text.splitlines()
+    for line in ("nice=100", "exclusive", "mail-user=lab@mit.edu", "mail-type=BEGIN,END,FAIL,REQUEUE"):
+        assert f"#SBATCH --{line}" in lines, text
+    assert "'[a|b]&c'" in text or "[a|b]&c" in text
+    assert options_of("--mail", "me@mit.edu")["mail-user"] == "me@mit.edu" and options_of() == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sbatch", "partition=x"], "a flag of its own"),
+        (["--sbatch=--output=/tmp/x"], "logs/NAME-JOBID.out"),
+        (["--sbatch", "wrap=touch x"], "launch sets it itself"),
+        (["--sbatch", "-p x"], "by its long name"),
+        (["--sbatch", "nice="], "by its long name"),
+        (["--mail"], "engaging config set mail"),
+        (["--mail", "nobody"], "expected an address"),
+    ],
+)
+def test_options_that_launch_owns_are_refused(monkeypatch, words, said):
+    monkeypatch.delenv("ENGAGING_MAIL", raising=False)
+    with pytest.raises(UserError, match=said):
+        options_of(*words)
+    with pytest.raises(UserError, match="not a value"):
+        batch_script(
+            launch(), Request(0, None, 9), partition="p", tasks=1, throttle=1,
+            passed_on={"nice": "1\ntouch x"},
+        )  # fmt: skip

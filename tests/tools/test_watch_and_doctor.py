@@ -1,6 +1,11 @@
 """The watch screen as text, its thrift with squeue, and doctor's findings."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +15,7 @@ import pytest
 from nanogpt.common.errors import UserError
 from tools.launch.presets import NAMED, resolve
 from tools.runs import read_run
-from tools.site import checks_gpu, checks_machine, watch
+from tools.site import checks_gpu, checks_machine, gpu_probe, watch
 from tools.site.doctor import Finding, run_checks
 from tools.site.slurm import Job
 
@@ -156,10 +161,42 @@ def test_a_slow_gpu_is_named():
     assert checks_gpu.judge(0, {"name": "New GPU", "tflops": 1, "gb_per_s": 1}).level == "ok"
 
 
-def test_the_all_reduce_probe_runs_on_two_ranks(run_python, root):
-    done = run_python(root / "tools" / "site" / "gpu_probe.py", "nccl")
-    facts = json.loads(done.stdout.splitlines()[-1])
-    assert facts["world"] >= 1 and done.returncode == 0
+def test_the_all_reduce_names_the_rank_that_is_killed_in_it(root):
+    probe = root / "tools" / "site" / "gpu_probe.py"
+    command = [sys.executable, str(probe), "reduce", "gloo", "2", "600"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        said = running.stderr.readline()
+        ranks = [int(pid) for pid in re.findall(r"is process ([0-9]+)", said)]
+        assert len(ranks) == 2, said
+        folder = Path(f"/proc/{ranks[1]}/cmdline").read_bytes().split(b"\0")[-3].decode()
+        while gpu_probe.read_note(folder, 1)["round"] < 20:
+            assert running.poll() is None, running.stderr.read()
+            time.sleep(0.05)
+        os.kill(ranks[1], signal.SIGKILL)
+        out, errors = running.communicate(timeout=60)
+    assert running.returncode == 1 and not out
+    assert re.search(rf"rank 1 \(process {ranks[1]}\) was ended by SIGKILL in round [0-9]+", errors), errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def test_who_stands_still_is_the_rank_behind_the_others():
+    class Rank:
+        pid = 4711
+
+    notes = [{"doing": "reducing", "round": 9}, {"doing": "reducing", "round": 8}]
+    assert gpu_probe.stuck(notes, [Rank, Rank]).startswith("rank 1 (process 4711, reducing) stands still")
+    assert "link" in gpu_probe.stuck([notes[0], notes[0]], [Rank, Rank])
+
+
+def test_a_slow_link_and_missing_gpus_are_findings(monkeypatch):
+    facts = {"world": 2, "bus_gb_per_s": 300.0, "rounds": 900, "name": "NVIDIA H200"}
+    assert checks_gpu.judge_reduce(facts).level == "ok"
+    assert checks_gpu.judge_reduce({**facts, "bus_gb_per_s": 20.0}).level == "warn"
+    assert checks_gpu.judge_reduce({**facts, "bus_gb_per_s": 20.0, "name": "NVIDIA L40S"}).level == "ok"
+    monkeypatch.setattr(checks_gpu, "local_gpus", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert "--gpus=2: 1 GPUs" in checks_gpu.all_reduce(2, 1).text
+    assert checks_gpu.all_reduce(0, 1).level == "skip"
 
 
 @pytest.mark.parametrize(

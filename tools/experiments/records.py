@@ -120,6 +120,11 @@ def keep_code(root: Path) -> dict:
     return {**code, **git_info(root)}
 
 
+def name_of(folder: Path) -> str:
+    """The experiment's name: the folder's without the time that `create` gave it."""
+    return re.sub(r"_\d{8}_\d{6}(_\d+)?$", "", folder.name)
+
+
 def create(root: Path, experiment: Experiment, code: dict) -> Experiment:
     """Make the folder (its name gets the time) and write down what is to be run. `code`: of `keep_code`."""
     shelf = root / SHELF

@@ -123,7 +123,7 @@ def _folders(root: Path, shelf: Path, word: str) -> list[Path]:
     everything = records.all_in(shelf)
     if is_config(root, word):
         names = {config.experiment_name for _, config in load_all(root, [word])}
-        newest = {path.name.rpartition("_2")[0]: path for path in everything}
+        newest = {records.name_of(path): path for path in everything}
         if chosen := [newest[name] for name in sorted(names & newest.keys())]:
             return chosen
         raise UserError(
@@ -139,7 +139,7 @@ def _folders(root: Path, shelf: Path, word: str) -> list[Path]:
 def _named(shelf: Path, word: str) -> list[Path]:
     """The newest experiment of that name, else the experiments of the study of that name."""
     everything = records.all_in(shelf)
-    named = [path for path in everything if path.name.rpartition("_2")[0] == word]
+    named = [path for path in everything if records.name_of(path) == word]
     return named[-1:] or [path for path in everything if _study_of(path) == word]
 
 

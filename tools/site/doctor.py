@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tools.args import Parser
+from tools.args import Parser, whole
 from tools.place import checkout
 
 MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "--  "}
@@ -54,11 +54,19 @@ def main(argv: list[str]) -> int:
     parser = Parser("doctor", "Check this machine, account and environment; each finding has its fix.")
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
     parser.add_argument(
-        "--gpus", action="store_true", help="also all-reduce over the GPUs of this job (NCCL)"
+        "--gpus",
+        nargs="?",
+        const=0,
+        metavar="N",
+        type=whole("--gpus", 1, 64),
+        help="also all-reduce with NCCL over N GPUs of this node (without N: all of them)",
+    )
+    parser.add_argument(
+        "--seconds", type=whole("--seconds", 1, 86400), default=5, help="how long --gpus reduces (default 5)"
     )
     args = parser.read(argv)
     root = checkout()
-    found = run_checks(_checks(args.gpus), root)
+    found = run_checks(_checks(args.gpus, args.seconds), root)
     failed = sum(finding.level == "fail" for finding in found)
     warned = sum(finding.level == "warn" for finding in found)
     if args.json:
@@ -72,7 +80,7 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _checks(with_gpus: bool) -> dict[str, Check]:
+def _checks(reduce_over: int | None, seconds: int) -> dict[str, Check]:
     from tools.site import checks_account, checks_gpu, checks_machine
 
     checks: dict[str, Check] = {
@@ -88,6 +96,6 @@ def _checks(with_gpus: bool) -> dict[str, Check]:
         "preempt": checks_account.preemption,
         "gpu": checks_gpu.gpus,
     }
-    if with_gpus:
-        checks["nccl"] = checks_gpu.all_reduce
+    if reduce_over is not None:  # after the speed of each, not beside it: both would come out slow
+        checks["gpu"] = lambda root: [*checks_gpu.gpus(root), checks_gpu.all_reduce(reduce_over, seconds)]
     return checks

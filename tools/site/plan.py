@@ -23,6 +23,7 @@ from tools.site import grace, slurm
 from tools.site.cluster import Cluster, ask_cluster, gpu_rank
 from tools.site.limits import Refusal, Request, check_account, check_gpu_type, refusals, user_cap
 from tools.site.profile import Site, current_site, default_cpus, default_memory
+from tools.site.settings import fill
 
 SAME_START_S = 120  # starts closer than this count as equal: the estimate is no better
 PROBES_AT_ONCE = 4  # --test-only calls side by side
@@ -174,6 +175,8 @@ def main(argv: list[str]) -> int:
     root = checkout()
     target = resolve(root, args.preset)
     slurm.need_slurm("engaging plan")
+    site = current_site(root)
+    fill(args, site.path, ("account", "qos"))
     request = Request(
         args.gpus,
         args.gpu_type,
@@ -184,7 +187,7 @@ def main(argv: list[str]) -> int:
         args.account,
         args.qos,
     )
-    cluster, site = ask_cluster(), current_site(root)
+    cluster = ask_cluster()
     check_gpu_type(cluster, request.gpu_type)
     check_account(cluster, request)
     if why := target.refuse_gpus(request.all_gpus):

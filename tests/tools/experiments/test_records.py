@@ -169,3 +169,8 @@ def test_a_dirty_clone_leaves_its_diff(tmp_path):
     assert "+# changed here" in (second / "git_diff.patch").read_text()
     found = [json.loads((folder / "summary.json").read_text())["git_info"] for folder in (first, second)]
     assert [info["dirty"] for info in found] == [False, True] and found[0]["digest"] != found[1]["digest"]
+
+
+@pytest.mark.parametrize("time", ["20261129_060000", "20261129_235959", "20261129_200000_2"])
+def test_an_experiments_name_at_any_hour(time):
+    assert records.name_of(Path(f"experiment_logs/my_try_2_{time}")) == "my_try_2"

@@ -1,5 +1,6 @@
 """What every trainer does around its steps: checking the data, taking a run up again, writing a checkpoint."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Protocol

@@ -213,7 +213,7 @@ INVENTED = {"nanogpt/config/mine.py"}  # the reader makes it
 
 def known_flags() -> set[str]:
     """Every flag that a command of this repository takes."""
-    classes = (Config, nanogpt.sample.Config, nanogpt.bench.Config, modded_nanogpt.config.Config)
+    classes = (Config, nanogpt.sample.Config, nanogpt.bench.Bench, modded_nanogpt.config.Config)
     flags = {field.name for cls in classes for field in dataclasses.fields(cls)}
     sources = [
         *(ROOT / "tools").rglob("*.py"),

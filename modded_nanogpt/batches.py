@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modded_nanogpt import layer_plan, schedule
+from modded_nanogpt.candidates import candidates, turn_of
 from modded_nanogpt.config import Config, resolve
 from modded_nanogpt.data_plan import DataPlan, check_validation, check_vocabulary, plan_data, tokens_needed
 from modded_nanogpt.kernels.embedding import Runs, runs_of
@@ -24,7 +25,7 @@ __all__ = ["Batch", "TrainBatches", "ValBatches", "tokens_needed"]
 
 # Length of cu_seqlens by tokens of a lane: what the record uses on FineWeb. It has to be fixed (the compiled graph is
 # static) and short (some attention kernels take longer for every entry).
-BOUNDARIES = {16_384: 64, 32_768: 96, 49_152: 128}
+BOUNDARIES = {16_384: 64, 32_768: 96, 40_960: 128, 49_152: 128}
 USUAL_DOCUMENT = 300  # tokens; for other lane sizes
 STEP = 32  # a text with more documents than expected gets so many entries more, as often as needed
 
@@ -44,7 +45,10 @@ class Batch:
     bigram_rows_cpu: Tensor | None  # the same as bigram_rows, where the CPU can read it
     token_runs: Runs  # the inputs by token, for the gradients of embeddings
     bigram_runs: Runs | None  # the bigram rows by row
-    max_document: int  # no document is longer, in tokens
+    max_document: (
+        int  # attention looks over no more tokens than that; the same for all training lanes of a size
+    )
+    candidates: Tensor | None = None  # int64 (P,): the classes that are scored, ascending; None: all
 
     def to(self, device: torch.device) -> "Batch":
         """On `device`, copied without waiting."""
@@ -73,7 +77,7 @@ class TrainBatches:
         self._stage_of = [
             index for index, stage in enumerate(self.stages) for _ in range(stage.start, stage.end)
         ]
-        self._packer = _Packer(config, device.type == "cuda")
+        self._packer, self._cap = _Packer(config, device.type == "cuda"), schedule.attention_cap(config)
         self._open_shard: tuple[int, np.ndarray] | None = None
         self._next_step = 0
         # On a GPU the next batch is read while this one is computed, and the next shard long before its turn.
@@ -103,6 +107,11 @@ class TrainBatches:
         """Length of cu_seqlens for lanes of `lane_tokens`."""
         return boundaries(lane_tokens, self.plan.most_documents[lane_tokens])
 
+    def longest(self, lane_tokens: int) -> int:
+        """`Batch.max_document` of lanes of `lane_tokens`: one number for all stages, as it is a part of their graph."""
+        longest = max(stage.max_document for stage in self.stages)
+        return min(self._cap or longest, longest, lane_tokens)
+
     def state(self) -> dict[str, int]:
         """Where the step after the last whole one begins, as JSON."""
         return {"step": self._next_step, **self.plan.position(self._next_step)}
@@ -126,9 +135,12 @@ class TrainBatches:
         lengths = np.minimum(ends - starts, stage.max_document)
         lengths[-1] -= lengths.sum() - (size + 1)
         tokens = self._tokens(index)
+        classes = schedule.sampled_classes(self.config, step)
         pieces = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        ends = piece_ends(lengths, self._cap)
+        turn = turn_of(step, lane, self.layout.lanes, classes, self._packer.vocabulary)
         return self._packer.pack(
-            np.concatenate(pieces), lengths.cumsum(), self.boundaries(size), stage.max_document
+            np.concatenate(pieces), ends, self.boundaries(size), self.longest(size), (classes, turn)
         )
 
     def _tokens(self, index: int) -> np.ndarray:
@@ -182,6 +194,20 @@ class ValBatches:
         return self.starts[np.searchsorted(self.starts, start + 1) : np.searchsorted(self.starts, end)]
 
 
+def piece_ends(lengths: np.ndarray, cap: int) -> np.ndarray:
+    """Where what attention keeps apart ends, int64, for documents of `lengths` one behind the other.
+
+    These are the documents, and with a `cap` further borders after every so many tokens of one.
+    """
+    if not cap:
+        return lengths.cumsum()
+    begins = lengths.cumsum() - lengths
+    inner = [
+        np.arange(begin + cap, begin + length, cap) for begin, length in zip(begins, lengths, strict=True)
+    ]
+    return np.sort(np.concatenate([lengths.cumsum(), *inner]))
+
+
 def boundaries(lane_tokens: int, most_documents: int) -> int:
     """Length of cu_seqlens: what is usual for lanes of that size, more when the text has shorter documents."""
     usual = BOUNDARIES.get(lane_tokens, -(-lane_tokens // (USUAL_DOCUMENT * 128)) * 128)
@@ -223,12 +249,22 @@ class _Packer:
 
     def __init__(self, config: Config, pinned: bool) -> None:
         size = layer_plan.size(config)
-        self.pinned = pinned
+        self.pinned, self.vocabulary = pinned, size.padded_vocab
         self.bigram_rows = size.bigram_rows if config.bigram else 0
         self.sign_rows = size.sign_rows if config.bigram and config.bigram_signs else 0
 
-    def pack(self, tokens: np.ndarray, ends: np.ndarray, num_boundaries: int, max_document: int) -> Batch:
-        """`tokens` uint16 [L + 1] and where its documents end (the last may lie past L)."""
+    def pack(
+        self,
+        tokens: np.ndarray,
+        ends: np.ndarray,
+        num_boundaries: int,
+        max_document: int,
+        sampled: tuple[int, int] = (0, 0),
+    ) -> Batch:
+        """`tokens` uint16 [L + 1] and where its documents end (the last may lie past L).
+
+        sampled: how many classes are scored (0: all), and where the turn stands (`candidates`).
+        """
         length = len(tokens) - 1
         cu_seqlens = np.full(num_boundaries, length, np.int32)
         cu_seqlens[0] = 0
@@ -248,6 +284,11 @@ class _Packer:
             token_runs=self._runs(inputs),
             bigram_runs=None if bigrams is None else self._runs(bigrams),
             max_document=min(max_document, length),
+            candidates=self._tensor(
+                candidates(tokens[1:], sampled[0], self.vocabulary, sampled[1]), torch.int64
+            )
+            if sampled[0]
+            else None,
         )
 
     def _runs(self, ids: np.ndarray) -> Runs:

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node=8 modded_nanogpt/train_gpt.py        # or: cd modded_nanogpt && ./run.sh
     python -m modded_nanogpt.train_gpt --check=true                             # what would run, without a GPU
     python -m modded_nanogpt.train_gpt tiny --dataset=python_source --vocab_size=128 --prefix=false      # on a CPU
-    torchrun --standalone --nproc_per_node=8 -m modded_nanogpt.train_gpt --dc=false --out_dir=out/without-dc
+    torchrun --standalone --nproc_per_node=8 -m modded_nanogpt.train_gpt --xsa=false --out_dir=out/without-xsa
 
 The clock runs from the first step to the last and stands while the model is validated; compiling and warming up come
 before it. The run directory (--out_dir) is described in docs/run-directory.md, the techniques in docs/speedrun.md.
@@ -35,7 +35,9 @@ if typing.TYPE_CHECKING:
 
 PROG = "python -m modded_nanogpt.train_gpt"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
-SMOKE_ON_CPU = {"record": "tiny", "medium": "tiny_medium"}  # the same layers, narrower
+SMOKE_ON_CPU = {  # the same layers, narrower
+    "record": "tiny", "record89": "tiny_record89", "snapshot": "tiny_snapshot", "medium": "tiny_medium",
+}  # fmt: skip
 SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory is made; more by all ranks
 
 
@@ -231,6 +233,8 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
             and not asked_to_stop
             and progress["val_step"] != step
         ):
+            if at_end:
+                state.optimizer.average()  # on the clock, like everything that the result needs
             progress["train_ms"] = clock.stop()
             look_back(everything=True)
             last_ms = progress["train_ms"]

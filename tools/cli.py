@@ -13,6 +13,7 @@ from tools.site import settings
 # name: (module, one line for --help). The groups are in the order in which a newcomer meets them.
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "before a job": {
+        "next": ("tools.site.ladder", "what is done, and the one next command; --lab: how far your group is"),
         "doctor": (
             "tools.site.doctor",
             "check this machine, this account and this environment; each finding has its fix",
@@ -88,6 +89,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
+ALIASES = {"runs": "status"}
 
 
 def help_text() -> str:
@@ -97,9 +99,7 @@ def help_text() -> str:
         lines.append(f"{title}:")
         lines += [f"  {name:11} {text}" for name, (_, text) in commands.items()]
         lines.append("")
-    lines.append(
-        "First time here: engaging doctor, then engaging plan gpt2 --gpus 1, then engaging launch nanogpt."
-    )
+    lines.append("First time here: engaging next says what to type.")
     return "\n".join(lines)
 
 
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
-    name, rest = argv[0], argv[1:]
+    name, rest = ALIASES.get(argv[0], argv[0]), argv[1:]
     if name not in COMMANDS:
         raise UserError(
             f"engaging {name}: no such command{nearest(name, list(COMMANDS))} (all: engaging --help)"

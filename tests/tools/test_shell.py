@@ -4,6 +4,7 @@ import os
 import pty
 import select
 import signal
+import subprocess
 import sys
 import time
 
@@ -56,10 +57,25 @@ def test_it_warns_before_the_end_and_goes_back_when_idle(terminal):
     assert "this job ends in 4 minutes" in screen and "idle for 0 minutes: the GPUs go back" in screen
 
 
-def test_the_environment_is_on_in_the_repository_and_work_in_the_background_is_not_idle(terminal, root):
-    screen, status = terminal(1.0, "(sleep 3; echo ov''er; kill $PPID) & pwd; type -P python\n")
-    assert str(root) in screen and f"{sys.prefix}/bin/python" in screen
-    assert "over" in screen and "idle" not in screen and status == -signal.SIGTERM
+def test_the_environment_is_on_in_the_repository(terminal, root):
+    screen, status = terminal(1200, "pwd; type -P python; exit 7\n")
+    assert str(root) in screen and f"{sys.prefix}/bin/python" in screen and status == 7
+
+
+def test_work_in_the_background_is_not_idle(monkeypatch):
+    job = f"test-{os.getpid()}"
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setattr(shell_inside.os, "tcgetpgrp", lambda terminal: 1)
+    monkeypatch.setattr(shell_inside.os, "fstat", lambda terminal: os.stat_result((0,) * 10))
+    assert (
+        shell_inside.idle_for(1) > 1200 and shell_inside.idle_for(2) == 0
+    )  # something else has the terminal
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, "SLURM_JOB_ID": job}) as work:
+        try:
+            assert shell_inside.idle_for(1) == 0
+            assert shell_inside.others_of_the_job(work.pid) is False
+        finally:
+            work.kill()
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,10 @@ class RunExecutor(submitit.SlurmExecutor):
 
     @staticmethod
     def job_id(text: str) -> str:
-        """The job id in sbatch's answer, "" when there is none."""
+        """The job id in sbatch's answer, "" when there is none. A site's filter may greet with numbers before it."""
+        lines = [line for line in text.splitlines() if line.startswith("Submitted batch job ")]
         try:
-            return submitit.SlurmExecutor._get_job_id_from_submission_command(text)
+            return submitit.SlurmExecutor._get_job_id_from_submission_command(lines[-1] if lines else "")
         except FailedSubmissionError:
             return ""
 

@@ -57,6 +57,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "tools.import_checkpoint",
             "nanoGPT's own ckpt.pt as a run directory, to sample and export",
         ),
+        "wandb": ("tools.wandb_follow", "send a run's metrics to Weights & Biases, live or afterwards"),
         "repro": ("tools.repro", "rebuild a run's source from its log, run it again, and compare every loss"),
     },
     "experiments": {

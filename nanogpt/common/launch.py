@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from nanogpt.common import checkpoint_names, lease, rundir, source
+from nanogpt.common import checkpoint_names, lease, rundir, source, tracking
 from nanogpt.common.errors import CommandError, UserError
 from nanogpt.common.flags import flag_given
 
@@ -72,6 +72,8 @@ def open_run(trainer: Trainer, explicit: dict[str, object], argv: list[str]) -> 
         if os.environ.get("RANK", "0") == "0":
             with rundir.one_at_a_time(folder):
                 opened = _open(trainer, config, explicit, folder, argv)
+            if opened and _stored(folder)["config"].get("wandb_log"):
+                tracking.start(folder, trainer.root)
             return folder if opened else None
         if config.check:
             return None
@@ -81,6 +83,8 @@ def open_run(trainer: Trainer, explicit: dict[str, object], argv: list[str]) -> 
 
 def _open(trainer: Trainer, config: object, explicit: dict, folder: Path, argv: list[str]) -> bool:
     """Rank 0's part of `open_run`; False when `--check` ends here."""
+    if getattr(config, "wandb_log", False):
+        tracking.mode()
     held = rundir.holds_run(folder)
     anew = config.smoke and config.init_from != "resume"
     going_on = config.init_from == "resume" or (config.auto_resume and held and not anew)

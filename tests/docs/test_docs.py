@@ -149,7 +149,7 @@ def test_the_commands_for_gpus_fit_their_presets() -> None:
     seen = 0
     for command in all_commands():
         if command.startswith("make ddp-train"):
-            ranks, rest = int(command.partition("NGPUS=")[2]), ["train_gpt2"]
+            ranks, rest = int(command.partition("NGPUS=")[2]), ["train_gpt2_epoch"]
         elif "torchrun" in command:
             words = shlex.split(command.removeprefix("cd nanogpt && "))
             numbers = {name: value for name, _, value in (word.partition("=") for word in words)}
@@ -213,7 +213,7 @@ INVENTED = {"nanogpt/config/mine.py"}  # the reader makes it
 
 def known_flags() -> set[str]:
     """Every flag that a command of this repository takes."""
-    classes = (Config, nanogpt.sample.Config, nanogpt.bench.Config, modded_nanogpt.config.Config)
+    classes = (Config, nanogpt.sample.Config, nanogpt.bench.Bench, modded_nanogpt.config.Config)
     flags = {field.name for cls in classes for field in dataclasses.fields(cls)}
     sources = [
         *(ROOT / "tools").rglob("*.py"),

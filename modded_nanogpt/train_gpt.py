@@ -74,6 +74,7 @@ TRAINER = Trainer(
     "modded_nanogpt/train_gpt.py",
     FREE,
     inspect,
+    steps=schedule.total_steps,
 )
 
 

@@ -9,7 +9,7 @@ GPUS ?=
 NEED_ENV = { test -e "$$ENV_PATH/.engaging-nanogpt" || { echo "error: ENV_PATH: $$ENV_PATH: no environment there; make it: make environment" >&2; exit 2; }; }
 PYTHON = "$$ENV_PATH/bin/python"
 RERUNS = --reruns 2 -raR --rerun-show-tracebacks
-SCRIPTS = git ls-files -z '*.sh' .ci/run | xargs -0 "$$ENV_PATH/bin/shellcheck" -x
+SCRIPTS = git ls-files -z '*.sh' .ci/run tools/bin/engaging | xargs -0 "$$ENV_PATH/bin/shellcheck" -x
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test environment lint faults ddp-train gpu-status gpu-hot kill-gpu

@@ -1,8 +1,9 @@
 # shellcheck shell=sh
 # Activates the environment in the shell that you type in:    source activate_env.sh
 #
-# For bash, zsh and other POSIX shells. Sets no shell option, and never ends the shell: what goes wrong is one line and
-# status 1. ENV_PATH names the environment, as for setup_env.sh; CONDA_SH another conda than the one it was made with.
+# For bash, zsh and other POSIX shells. Leaves the shell's options as they are, and never ends the shell: what goes wrong
+# is one line and status 1. ENV_PATH names the environment, as for setup_env.sh; CONDA_SH another conda than the one it
+# was made with. `engaging` of this clone comes on PATH, too.
 
 _engaging_activate() {
     if [ -z "${ENV_PATH:-}${HOME:-}" ]; then
@@ -11,7 +12,7 @@ _engaging_activate() {
     fi
     # `local` is in every shell that this is for, though not in POSIX.
     # shellcheck disable=SC3043
-    local env_path conda_sh
+    local env_path conda_sh strict
     env_path=${ENV_PATH:-$HOME/conda_envs/nanogpt_env}
     env_path=${env_path%/}
     case $env_path in
@@ -27,10 +28,15 @@ _engaging_activate() {
         return 1
     fi
     export PYTHONNOUSERSITE=1 # packages in ~/.local must not take the place of the pinned ones
+    if [ -n "${ENV_PATH:-}" ]; then export ENV_PATH="$env_path"; fi # for `engaging` and for jobs
     if [ "$(command -v python)" = "$env_path/bin/python" ]; then
+        _engaging_on_path
         echo "$env_path is active already"
         return 0
     fi
+    strict=no # the start-up code of conda and of its packages reads variables that are not set
+    case $- in *u*) strict=yes ;; esac
+    set +u
     if [ -e "$env_path/bin/activate" ] && [ -e "$env_path/pyvenv.cfg" ]; then
         # shellcheck disable=SC1091
         . "$env_path/bin/activate" || true
@@ -42,12 +48,14 @@ _engaging_activate() {
             . "$conda_sh" && conda activate "$env_path" || true
         fi
     fi
+    if [ "$strict" = yes ]; then set -u; fi
     if [ "$(command -v python)" != "$env_path/bin/python" ]; then
         # No conda any more (its module went away), or it failed: the environment itself works without.
         PATH=$env_path/bin:$PATH
         export PATH
         echo "note: conda could not activate $env_path, so it is only put first on PATH"
     fi
+    _engaging_on_path
     if ! python -c '' 2>/dev/null; then
         echo "error: ENV_PATH: $env_path: its Python does not start; run: bash setup_env.sh --rebuild" >&2
         return 1
@@ -55,14 +63,25 @@ _engaging_activate() {
     echo "$env_path is active: $(python --version)"
 }
 
-# Sourced, or run by mistake? Each shell says it in its own way.
+_engaging_on_path() { # in front: an environment of an earlier version has an `engaging` of its own
+    if [ "$(command -v engaging)" != "$_engaging_bin/engaging" ] && [ -x "$_engaging_bin/engaging" ]; then
+        PATH=$_engaging_bin:$PATH
+        export PATH
+    fi
+}
+
+# Where is this file, and is it sourced, or run by mistake? Each shell says it in its own way.
+_engaging_file=./activate_env.sh
 if [ -n "${ZSH_VERSION:-}" ]; then
+    eval '_engaging_file=${(%):-%x}' # other shells cannot read this
     case ${ZSH_EVAL_CONTEXT:-file} in
         *file*) _engaging_sourced=yes ;;
         *) _engaging_sourced=no ;;
     esac
 elif [ -n "${BASH_VERSION:-}" ]; then
-    # shellcheck disable=SC3028,SC3054
+    # shellcheck disable=SC3028,SC3054,SC2128
+    _engaging_file=$BASH_SOURCE
+    # shellcheck disable=SC3028,SC3054,SC2128
     if [ "${BASH_SOURCE:-}" = "$0" ]; then _engaging_sourced=no; else _engaging_sourced=yes; fi
 else
     case $0 in
@@ -74,5 +93,6 @@ if [ "$_engaging_sourced" = no ]; then
     echo "error: activate_env.sh: run like this it changes nothing; type: source activate_env.sh" >&2
     exit 2
 fi
-unset _engaging_sourced
+_engaging_bin=$(CDPATH='' cd -- "$(dirname -- "$_engaging_file")" && pwd -P)/tools/bin
+unset _engaging_sourced _engaging_file
 _engaging_activate

@@ -3,9 +3,7 @@
 set -euo pipefail
 
 readonly PYTHON_OF_CONDA=3.12
-readonly MIN_DRIVER_CU13=580 MIN_DRIVER_CU12=525  # NVIDIA's minimum drivers for CUDA 13 and CUDA 12
 readonly MIN_TMP_GB=12 # what pip needs to unpack torch for CUDA
-readonly TORCH_FOR_CU12=https://download.pytorch.org/whl/cu126
 
 usage() {
     cat <<'END'
@@ -13,10 +11,13 @@ usage: bash setup_env.sh [options]
 
 Makes $ENV_PATH (default: $HOME/conda_envs/nanogpt_env): a conda environment where there is conda, else a venv with
 the system's Python 3.11 to 3.14. Installs the versions pinned in pyproject.toml, imports them all, and prints what
-it found. Nothing outside $ENV_PATH changes but the clone's *.egg-info; no start-up file of a shell is edited.
+it found. It holds dependencies only and serves every clone: nothing outside $ENV_PATH changes, and no start-up file of a
+shell is edited.
 
   --dev                 what the tests need, too
   --extras LIST         which extras of pyproject.toml to install (default train,tools), or none
+  --cuda, --cpu         which build of torch; a torch of the other kind is replaced. Default: the build that is there; in
+                        a new environment CUDA where there is a GPU or a SLURM partition with one, else CPU
   --brief               when nothing has to be done, say so in one line and skip the imports
   --plan                say what would be done, and do nothing
   --no-conda            a venv even where there is conda
@@ -30,9 +31,9 @@ Settings (environment variables):
   ENV_PYTHON            the Python of the venv (default: the newest of python3.14 ... python3.11 on PATH)
   CONDA_SH              etc/profile.d/conda.sh of your conda (default: conda on PATH, the module, the usual folders)
   MINIFORGE_MODULE      the module that brings conda (default: miniforge)
-  TORCH_INDEX_URL       where torch comes from. Default, by NVIDIA's driver: 580 and newer: pip's index, whose build
-                        is for CUDA 13.0; 525 to 579: PyTorch's index for CUDA 12.6; no driver: pip's index, so that a
-                        login node gets what its GPU nodes run
+  TORCH_INDEX_URL       where torch comes from. Default for CUDA, by NVIDIA's driver: 580 and newer, or only on the
+                        cluster's other nodes: pip's index, whose build is for CUDA 13.0; 525 to 579: PyTorch's index
+                        for CUDA 12.6. For the CPU: PyTorch's index, or pip's where pip is told to use another
   ENV_MIN_FREE_GB       free disk space to insist on (default 12 with torch, else 1)
   MINIFORGE_URL         the folder that holds the Miniforge installer
   MINIFORGE_SHA256      the installer's digest, when it is not the pinned one
@@ -69,13 +70,17 @@ stopped() { # a trap, which comes before any `|| die`
 }
 
 parse_options() {
-    extras=train,tools dev=no brief=no plan=no use_conda=yes install_miniforge=no rebuild=no
+    extras=train,tools dev=no brief=no plan=no use_conda=yes install_miniforge=no rebuild=no wanted=""
     while [ $# -gt 0 ]; do
         case $1 in
             --dev) dev=yes ;;
             --brief) brief=yes ;;
             --plan) plan=yes ;;
             --no-conda) use_conda=no ;;
+            --cuda | --cpu)
+                [ -z "$wanted" ] || [ "$wanted" = "${1#--}" ] || die "$1: contradicts --$wanted; leave one of them out"
+                wanted=${1#--}
+                ;;
             --install-miniforge) install_miniforge=yes ;;
             --rebuild) rebuild=yes ;;
             --extras=*) extras=${1#--extras=} ;;
@@ -122,7 +127,7 @@ locate() {
     marker=$env_path.setup # says how far a set-up came, and is what two of them lock
 }
 
-# The environment's own Python decides what is complete; `tool` runs it where this clone's packages are found.
+# The environment's own Python decides what is complete; `tool` runs it in this clone.
 # Call it in a subshell, $() or `run`: it ends the shell that it runs in, and is not for Ctrl-C to interrupt.
 tool() {
     trap '' INT
@@ -135,38 +140,6 @@ state() { cat "$marker" 2>/dev/null || true; }
 
 record() {
     printf '%s\n' "$1" >"$marker" || die "$marker: cannot be written; free space, or set ENV_PATH to another place"
-}
-
-# `any`: the build that the environment has stays, and a new environment takes that of pip's default index. So a home
-# folder shared by a login node without driver and GPU nodes with one is installed once.
-choose_torch() {
-    local driver=""
-    torch_index="" torch_why="pip's default index"
-    if [ -n "${TORCH_INDEX_URL:-}" ]; then
-        torch_index=$TORCH_INDEX_URL torch_why="TORCH_INDEX_URL=$TORCH_INDEX_URL"
-        return
-    fi
-    if driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null); then
-        driver=${driver%%.*}
-    fi
-    case $driver in
-        '' | *[!0-9]*)
-            torch_index=any
-            torch_why="pip's default index (no NVIDIA driver here; on Linux that build is for CUDA 13.0: right for GPU nodes)"
-            ;;
-        *)
-            if [ "$driver" -ge $MIN_DRIVER_CU13 ]; then
-                torch_index=any torch_why="pip's default index: its build is for CUDA 13.0, and driver $driver runs it"
-            elif [ "$driver" -lt $MIN_DRIVER_CU12 ]; then
-                die "NVIDIA driver $driver: too old for this torch, which needs $MIN_DRIVER_CU12; update it, or use" \
-                    "the CPU build: TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu bash setup_env.sh"
-            elif [ -n "$(cat "$torch_from" 2>/dev/null)" ]; then
-                torch_index=any torch_why="where it came from: $(cat "$torch_from")"
-            else
-                torch_index=$TORCH_FOR_CU12 torch_why="$TORCH_FOR_CU12: driver $driver is too old for CUDA 13"
-            fi
-            ;;
-    esac
 }
 
 # ---- checks before anything is changed -----------------------------------------------------------------------------
@@ -195,7 +168,6 @@ check_place() {
     local parent need free
     parent=$(existing_parent "$env_path")
     may_write "$parent" || die "ENV_PATH: $env_path: $parent cannot be written; set ENV_PATH to a folder you may write"
-    may_write "$root" || die "$root: cannot be written, and pip puts its egg-info here; clone into a folder of yours"
     if [ -e "$env_path" ] && [ ! -e "$stamp" ] && [ -z "$(unfinished)" ] && ! is_empty "$env_path"; then
         die "ENV_PATH: $env_path: this script did not make it; remove it yourself, or set ENV_PATH to another place"
     fi
@@ -272,46 +244,64 @@ pip_install() {
         die "pip could not install everything (above); what is done stays: check the network and run this again"
 }
 
-install_torch() { # the second step of `install_packages`; with the default index the third step brings it
-    local had
-    if had=$(cat "$torch_from" 2>/dev/null); then
-        if [ "$torch_index" = any ]; then torch_index=$had; fi
-        if [ "$torch_index" != "$had" ]; then
-            say "torch is replaced: it came from ${had:-the default index of pip}"
-            run pip uninstall -y torch triton || true
-        fi
-    elif [ "$torch_index" = any ]; then
-        torch_index=""
+install_torch() { # the second step of `install_packages`; from pip's own index the third step brings it
+    local had had_any=no
+    if had=$(cat "$torch_from" 2>/dev/null); then had_any=yes; fi
+    if [ "$had_any" = yes ] && [ "$torch_index" = any ] && build_fits; then
+        torch_new=$had torch_why="where it came from: ${had:-the default index of pip}"
     fi
-    printf '%s\n' "$torch_index" >"$torch_from" # before the installation: an interrupted one may have half of it
+    torch_index=$torch_new
+    if [ -n "$torch_new" ]; then
+        run tool index --torch_index "$torch_new" --builds "$TORCH_BUILDS" || exit 2
+    fi
+    record installing
+    rm -f "$stamp"
+    if [ "$had_any" = yes ] && { [ "$torch_new" != "$had" ] || ! build_fits; }; then
+        say "torch is replaced: it came from ${had:-the default index of pip}"
+        run pip uninstall -y torch triton || true
+    fi
+    printf '%s\n' "$torch_new" >"$torch_from" # before the installation: an interrupted one may have half of it
     say "[2/3] torch from $torch_why"
-    if [ -n "$torch_index" ]; then
-        pip_install --index-url "$torch_index" "$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' "$root/pyproject.toml")"
+    if [ -n "$torch_new" ]; then
+        pip_install --index-url "$torch_new" "$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' "$root/pyproject.toml")"
     fi
 }
 
+build_fits() { # is the installed torch of the kind that is wanted?
+    local build
+    [ -n "$torch_build" ] || return 0
+    build=$(tool build) || return 1
+    case $torch_build:$build in
+        cpu:cpu | cuda:1* | cuda12:12*) return 0 ;;
+    esac
+    return 1
+}
+
 install_packages() {
-    local target=. had_extras lacking
+    local had_extras lacking
     had_extras=$(stamped extras)
     if [ "$extras" = none ]; then
         extras=${had_extras:-none}
     elif [ -n "$had_extras" ]; then
         extras=$extras,$had_extras
     fi
-    record installing
-    rm -f "$stamp"
     case ,$extras, in
         *,train,*) install_torch ;;
         *) torch_index="" ;;
     esac
+    record installing
+    rm -f "$stamp"
+    if compgen -G "$env_path/lib/python3*/site-packages/engaging_nanogpt-*" >/dev/null; then
+        say "      an earlier version installed its clone here, in editable mode: that goes"
+        run pip uninstall -qy engaging-nanogpt || die "$env_path: pip could not remove engaging-nanogpt (above)"
+    fi
     say "[3/3] the pinned packages: $extras"
-    if [ "$extras" != none ]; then target=".[$extras]"; fi
-    pip_install "setuptools>=77"
-    pip_install --no-build-isolation -e "$target" # so that a second clone needs no network
+    run tool lists --extras "$extras" --folder "$TMPDIR" || die "$TMPDIR: cannot be written (above); free space there"
+    if [ "$extras" != none ]; then pip_install -c "$TMPDIR/constraints.txt" -r "$TMPDIR/requirements.txt"; fi
     lacking=$(tool lacking --extras "$extras") || die "$env_path: its packages cannot be read; run: bash setup_env.sh --rebuild"
     if [ -n "$lacking" ]; then
         say "      $lacking: this torch (a CPU build) brings none, and the tests of the kernels need it"
-        pip_install "$lacking"
+        pip_install -c "$TMPDIR/constraints.txt" "$lacking"
     fi
     run tool stamp --extras "$extras" --torch_index "$torch_index"
     record "done"
@@ -325,8 +315,14 @@ finish() {
     say "importing everything once"
     run tool report --extras "$extras"
     say "ready: $env_path"
-    if [ "$brief" = yes ]; then return; fi # make goes on with what it was asked for
-    say "next: make quickstart     (or, for a shell of your own: source activate_env.sh)"
+    if [ "$brief" = no ]; then # else make goes on with what it was asked for
+        say "next: make quickstart     (or, for a shell of your own: source activate_env.sh)"
+    fi
+    if [ "$torch_later" = yes ] && [ "$(tool build)" != cpu ]; then
+        say "no GPU here: that this torch runs on those of the cluster is checked in the first GPU job"
+    elif [ "$torch_later" = yes ]; then
+        say "note: this torch is a CPU build, and the cluster has GPUs; for jobs on them: bash setup_env.sh --cuda"
+    fi
 }
 
 main() {
@@ -382,7 +378,10 @@ runs() { [ "$(state)" != creating ] && [ -x "$python" ] && "$python" -c 'import 
 is_complete() { # and if not, sets why
     why="to be made"
     [ -x "$python" ] && [ -e "$stamp" ] && [ -z "$(unfinished)" ] || return 1
-    why=$(tool check --extras "$extras" --torch_index "$torch_index" 2>&1)
+    why=$(tool check --extras "$extras" --torch_index "$torch_index" 2>&1) || return 1
+    case ,$extras, in
+        *,train,*) build_fits || { why="its torch is of another build than $torch_why"; return 1; } ;;
+    esac
 }
 
 show_plan() {

@@ -58,6 +58,24 @@ def zygote():
 
 
 @pytest.fixture(scope="session")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as DATA_MIRROR expects it: tinyshakespeare.txt and tiktoken_cache/ with the GPT-2 vocabulary.
+
+    It is the session's shared folder where that exists, else $DATA_MIRROR, else what the network gives.
+    """
+    for folder in (ROOT.parent / "shared" / "data", Path(os.environ.get("DATA_MIRROR", "/nowhere"))):
+        if (folder / "tinyshakespeare.txt").is_file() and (folder / "tiktoken_cache").is_dir():
+            return folder
+    from nanogpt.common.gpt2_encoding import gpt2_encoding
+    from nanogpt.data.small_sets import shakespeare_text
+
+    root = tmp_path_factory.mktemp("mirror")
+    (root / "tinyshakespeare.txt").write_text(shakespeare_text(root), encoding="utf-8")
+    gpt2_encoding(root)
+    return root
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with the set `tiny`. Tests that damage it make their own."""
     from tests.faults import tiny

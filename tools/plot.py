@@ -17,6 +17,7 @@ from nanogpt.common.errors import UserError
 from nanogpt.common.flags import nearest
 from nanogpt.common.storage import atomic_write_bytes
 from tools.args import Parser, whole
+from tools.place import print_fetch_line
 from tools.runs import Run, is_run, read_run, runs_under
 
 PNG_NAME = "loss.png"
@@ -192,6 +193,7 @@ def main(argv: list[str]) -> int:
     for run, one in zip(found, shown, strict=True):
         print(summary(run, one.name))
     print(f"written: {out}")
+    print_fetch_line(out)
     return 0
 
 

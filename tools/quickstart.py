@@ -21,6 +21,7 @@ from nanogpt.common.machine import has_nvidia_driver
 from nanogpt.common.storage import storage_errors
 from tools.args import Parser
 from tools.children import Children, Interrupted
+from tools.place import print_fetch_line
 from tools.plot import PNG_NAME, curves, draw, write
 from tools.runs import Run, read_run
 
@@ -191,6 +192,7 @@ def report(folder: Path, dataset: str, data_root: str, changed: list[str]) -> No
     say(f"run directory     {shown(folder)}")
     say(f"validation loss   {verdict(run, dataset, changed)}")
     say(f"loss curve        {shown(folder / PNG_NAME)}")
+    print_fetch_line(folder / PNG_NAME)
     for number, command in enumerate(next_commands(folder, dataset, data_root)):
         say(f"{'' if number else 'next':17} {command}")
     if not active():

@@ -1,9 +1,12 @@
 # shellcheck shell=bash
-# Where an environment's Python comes from: a conda that is there, the system's Python, or Miniforge.
+# Where an environment's Python comes from: a conda that is there, the system's Python, or Miniforge; and its torch.
 # Sourced by setup_env.sh, whose `say`, `die` and `run` it uses. Sets conda_sh, conda_from and base_python, empty where there
-# is none.
-# shellcheck disable=SC2034  # set for setup_env.sh
+# is none, and the torch_* of `choose_torch`.
+# shellcheck disable=SC2034,SC2154  # set for setup_env.sh, and by it
 
+# PyTorch's indices that have the pinned torch, with NVIDIA's oldest driver for each.
+readonly TORCH_INDICES=https://download.pytorch.org/whl MIN_DRIVER_CU13=580 MIN_DRIVER_CU12=525
+readonly TORCH_BUILDS="$TORCH_INDICES/cu130=$MIN_DRIVER_CU13 $TORCH_INDICES/cu126=$MIN_DRIVER_CU12 $TORCH_INDICES/cpu="
 readonly MINIFORGE_VERSION=26.3.2-3
 
 conda_sh_of() { # the conda.sh of a conda command's installation, or nothing
@@ -80,6 +83,71 @@ print(getattr(sys, "_base_executable", "") or sys.executable)'
     done
     die "no conda, and no Python to make a venv with${wrong:+ ($wrong)}; install Python 3.11 or newer, name one in" \
         "ENV_PYTHON, or: bash setup_env.sh --install-miniforge"
+}
+
+driver_version() { # the major version of NVIDIA's driver, or nothing
+    local driver
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || return 0
+    driver=${driver%%.*}
+    case $driver in *[!0-9]*) ;; *) printf '%s\n' "$driver" ;; esac
+}
+
+slurm_has_gpus() { # or may have: a SLURM that does not answer decides nothing against them
+    local gres
+    command -v sinfo >/dev/null 2>&1 || return 1
+    gres=$(sinfo -h -o %G 2>/dev/null) || return 0
+    printf '%s\n' "$gres" | grep -Eq '(^|,)gpu(:|$)'
+}
+
+pip_has_another_index() { # by a variable, or in one of its files
+    local config=${PIP_CONFIG_FILE:-} words='^[[:space:]]*(index-url|extra-index-url|find-links|no-index)[[:space:]]*[=:]'
+    if [ -n "${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}${PIP_FIND_LINKS:-}${PIP_NO_INDEX:-}" ]; then return 0; fi
+    if [ "$config" = /dev/null ]; then return 1; fi # how pip is told to read no file
+    grep -Eqs "$words" "${config:-/dev/null}" /etc/pip.conf "${XDG_CONFIG_DIRS:-/etc/xdg}/pip/pip.conf" \
+        "$HOME/.pip/pip.conf" "${XDG_CONFIG_HOME:-$HOME/.config}/pip/pip.conf"
+}
+
+# Sets torch_index: the index that an installed torch must have come from, or `any`; torch_build: what it must be built for
+# (cpu, cuda, cuda12, or empty: anything); torch_new: the index for a torch that is installed now, empty for pip's own;
+# torch_why: the choice in words; torch_later: yes when only jobs meet a GPU. Unless asked, the torch that is there stays:
+# a home folder that a login node shares with GPU nodes is set up once.
+choose_torch() {
+    local driver
+    torch_index=any torch_build="" torch_new="" torch_later=no
+    torch_why="pip's default index, whose build is for CUDA 13.0"
+    if [ -n "${TORCH_INDEX_URL:-}" ]; then
+        [ -z "$wanted" ] || die "--$wanted: TORCH_INDEX_URL names the build already; leave one of them out"
+        torch_index=$TORCH_INDEX_URL torch_new=$TORCH_INDEX_URL torch_why="TORCH_INDEX_URL=$TORCH_INDEX_URL"
+        return
+    fi
+    if [ "$wanted" = cpu ]; then
+        torch_build=cpu torch_new=$TORCH_INDICES/cpu torch_why="$TORCH_INDICES/cpu: --cpu"
+        return
+    fi
+    driver=$(driver_version)
+    if [ -n "$driver" ] && [ "$driver" -lt $MIN_DRIVER_CU12 ]; then
+        die "NVIDIA driver $driver: too old for this torch, which needs $MIN_DRIVER_CU12; update it, or use the CPU" \
+            "build: bash setup_env.sh --cpu"
+    elif [ -n "$driver" ] && [ "$driver" -lt $MIN_DRIVER_CU13 ]; then
+        torch_build=cuda12 torch_new=$TORCH_INDICES/cu126
+        torch_why="$torch_new: driver $driver is too old for CUDA 13"
+        if [ -z "$wanted" ] && [ -n "$(cat "$torch_from" 2>/dev/null)" ]; then torch_build=""; fi # chosen by somebody
+    elif [ -n "$driver" ]; then
+        torch_why="$torch_why, and driver $driver runs it"
+    elif slurm_has_gpus; then
+        torch_later=yes
+        torch_why="$torch_why: no GPU here, but in partitions of this cluster"
+    elif [ -z "$wanted" ] && [ "$(uname -s)" != Linux ]; then
+        torch_why="pip's default index"
+    elif [ -z "$wanted" ] && pip_has_another_index; then
+        torch_why="pip's own index (no GPU here or in SLURM; pip is told where its packages are)"
+    elif [ -z "$wanted" ]; then
+        torch_new=$TORCH_INDICES/cpu torch_why="$TORCH_INDICES/cpu: no GPU here or in SLURM"
+    fi
+    if [ "$wanted" = cuda ] && [ -z "$torch_build" ]; then
+        [ "$(uname -s)" = Linux ] || die "--cuda: there is no build for CUDA for $(uname -s); leave it out"
+        torch_build=cuda torch_new=$TORCH_INDICES/cu130 torch_why="$TORCH_INDICES/cu130: --cuda"
+    fi
 }
 
 sha256_of() {

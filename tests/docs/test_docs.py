@@ -85,7 +85,7 @@ def made_small(command: str, clone: Path) -> tuple[list[str], Path]:
     inside = command.startswith("cd nanogpt && ")
     words = shlex.split(command.removeprefix("cd nanogpt && "))
     if words[0] == "engaging":
-        words = ["python", "-m", "tools", *words[1:]]
+        words[0] = str(clone / "tools/bin/engaging")
     kind = next((kind for kind in APPENDED if f"nanogpt.{kind}" in words or f"{kind}.py" in words), "")
     words += APPENDED.get(kind, ())
     words += ["--max_iters=8"] if "--init_from=resume" in words else []  # to go on with a run that is finished
@@ -376,7 +376,12 @@ PINNED = [  # (page, text there, file, text there)
         "slurm/modded/train_speedrun.sh",
         "has no such trainer yet",
     ),
-    ("guide-2-speedrun.md", "each with 8 CPUs and 120 GB", "slurm/modded/train_speedrun.sh", "--cpus-per-gpu=8"),
+    (
+        "guide-2-speedrun.md",
+        "each with 8 CPUs and 120 GB",
+        "slurm/modded/train_speedrun.sh",
+        "--cpus-per-gpu=8",
+    ),
     ("engaging.md", "`MAX_RESTARTS` times at most (100)", "slurm/lib/run.sh", "MAX_RESTARTS:-100"),
     ("engaging.md", "at most every ten seconds", "tools/site/watch.py", "SQUEUE_EVERY_S = 10.0"),
     ("troubleshooting.md", "3 times in a row without a new checkpoint", "slurm/lib/run.sh", "MAX_FAILURES=3"),

@@ -53,11 +53,9 @@ def made_small(line: str) -> str:
 def executed(tmp_path_factory) -> tuple[Path, dict[str, subprocess.CompletedProcess]]:
     """(clone, result of each line), in the order of reading."""
     clone = kit.make_clone(tmp_path_factory.mktemp("guide") / "clone")
-    (clone / "engaging").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tools "$@"\n')
-    (clone / "engaging").chmod(0o755)
     write_own_configurations(clone / "mine")
     env = kit.environment()
-    env["PATH"] = f"{clone}:{env['PATH']}"
+    env["PATH"] = f"{clone}/tools/bin:{env['PATH']}"
     results = {}
     for line in LINES:
         results[line] = subprocess.run(

@@ -1,4 +1,8 @@
-"""A copied clone, an empty home, and a stand-in for conda, for the tests of setup_env.sh."""
+"""A copied clone, an empty home, and stand-ins for Python's venv module, pip and conda, for the tests of setup_env.sh.
+
+The environments are real venvs, made without pip in a tenth of a second; the pip in them installs modules of one
+line (stand_in/pip_main.py). The environment that runs these tests is the suite's one real installation.
+"""
 
 import os
 import shutil
@@ -9,6 +13,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+FOREIGN = ("ENV_", "CONDA", "VIRTUAL_ENV", "TORCH_INDEX", "MINIFORGE", "PYTHON", "PIP_", "BASH_FUNC_module")
+PYTHON = """#!/bin/sh
+# A stand-in for Python: `-m venv` makes a real venv with a stand-in for pip; $VENV_WAITS=FILE makes it wait half-way.
+case "$1 $2" in
+    "-m venv")
+        "@PYTHON@" -m venv --without-pip "$3" || exit 1
+        if [ -n "${VENV_WAITS:-}" ]; then touch "$VENV_WAITS"; exec sleep 600; fi
+        for site in "$3"/lib/python3*/site-packages; do
+            mkdir "$site/pip" && touch "$site/pip/__init__.py" && cp "@PIP@" "$site/pip/__main__.py"
+        done
+        ;;
+    "-c "*ensurepip*) "@PYTHON@" "$@" >/dev/null && echo "$0" ;;
+    *) exec "@PYTHON@" "$@" ;;
+esac
+"""
 CONDA = """#!/bin/bash
 # A stand-in for conda: `create` makes a venv that looks like its environment, `info --base` says where it is.
 base=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -25,6 +45,7 @@ esac
 CONDA_SH = """
 conda() {
     if [ "$1" = activate ]; then
+        echo "$A_VARIABLE_THAT_IS_NOT_SET" >/dev/null # as the activation scripts of real packages do
         PATH=$2/bin:$PATH; export CONDA_PREFIX=$2
     else
         "@BASE@/bin/conda" "$@"
@@ -37,7 +58,7 @@ conda() {
 def nobodys_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the environment that these tests run in reaches them: `make test` exports its own ENV_PATH."""
     for name in [*os.environ]:
-        if name.startswith(("ENV_", "CONDA", "VIRTUAL_ENV", "TORCH_INDEX", "MINIFORGE", "PYTHON")):
+        if name.startswith(FOREIGN):
             monkeypatch.delenv(name)
 
 
@@ -53,8 +74,9 @@ def clone(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "nanogpt/__init__.py", folder / "nanogpt")
     (folder / "slurm/lib").mkdir(parents=True)
     shutil.copy(ROOT / "slurm/lib/env.sh", folder / "slurm/lib")
-    (folder / "README.md").write_text("a clone\n")
-    for name in ("setup_env.sh", "activate_env.sh", "pyproject.toml", "LICENSE"):
+    (folder / "tools/bin").mkdir()
+    shutil.copy(ROOT / "tools/bin/engaging", folder / "tools/bin")
+    for name in ("setup_env.sh", "activate_env.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -68,14 +90,23 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def setup(clone: Path, home: Path):
-    """Runs `bash setup_env.sh ARGS` with that home, as a new user on a machine without conda would."""
-    dropped = ("CONDA", "ENV_", "TORCH_INDEX", "MINIFORGE", "VIRTUAL_ENV", "BASH_FUNC_module", "PYTHON")
+def python(tmp_path: Path) -> Path:
+    """The stand-in for Python."""
+    path = tmp_path / "stand in python"
+    path.write_text(
+        PYTHON.replace("@PYTHON@", sys.executable).replace("@PIP@", f"{HERE}/stand_in/pip_main.py")
+    )
+    path.chmod(0o755)
+    return path
 
-    def run(*args: str, wrap: tuple[str, ...] = (), wait: bool = True, **env: str):
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
-        command = [*wrap, "bash", str(clone / "setup_env.sh"), *args]
-        full = {**clean, "HOME": str(home), "ENV_PYTHON": sys.executable, **env}
+
+@pytest.fixture
+def setup(clone: Path, home: Path, python: Path):
+    """Runs `bash setup_env.sh ARGS` with that home, as a new user on a machine without conda would."""
+
+    def run(*args: str, wait: bool = True, **env: str):
+        command = ["bash", str(clone / "setup_env.sh"), *args]
+        full = {**os.environ, "HOME": str(home), "ENV_PYTHON": str(python), "ENV_MIN_FREE_GB": "1", **env}
         options = {"env": full, "cwd": home, "text": True, "stdin": subprocess.DEVNULL}
         if wait:
             return subprocess.run(command, capture_output=True, timeout=600, **options)
@@ -86,12 +117,12 @@ def setup(clone: Path, home: Path):
 
 
 @pytest.fixture
-def conda(tmp_path: Path) -> Path:
-    """The stand-in's folder."""
+def conda(tmp_path: Path, python: Path) -> Path:
+    """The folder of the stand-in for conda."""
     base = tmp_path / "stand in"
     (base / "etc/profile.d").mkdir(parents=True)
     (base / "bin").mkdir()
-    (base / "bin/conda").write_text(CONDA.replace("@PYTHON@", sys.executable))
+    (base / "bin/conda").write_text(CONDA.replace("@PYTHON@", str(python)))
     (base / "bin/conda").chmod(0o755)
     (base / "etc/profile.d/conda.sh").write_text(CONDA_SH.replace("@BASE@", str(base)))
     return base

@@ -4,9 +4,8 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
-
-import pytest
 
 
 def env_of(home: Path) -> Path:
@@ -14,12 +13,25 @@ def env_of(home: Path) -> Path:
 
 
 def works(home: Path, clone: Path) -> None:
-    """Asserts that the environment is whole and imports this clone from anywhere."""
-    code = "import setuptools, pip, nanogpt.common.errors as e; print(e.__file__)"
-    done = subprocess.run([env_of(home) / "bin/python", "-c", code], cwd="/", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(clone / "nanogpt/common/errors.py")
+    """Asserts that the environment is whole, holds nothing of the clone, and serves `engaging`."""
+    python = env_of(home) / "bin/python"
+    done = subprocess.run([python, "-c", "import pip, nanogpt"], cwd="/", capture_output=True, text=True)
+    assert "No module named 'nanogpt'" in done.stderr, done.stderr
     assert (env_of(home) / ".engaging-nanogpt").is_file()
+    assert env_of(home).with_suffix(".setup").read_text() == "done\n"
+    said = subprocess.run(
+        [clone / "tools/bin/engaging", "--help"], cwd="/", env={**os.environ, "HOME": str(home)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "usage: engaging" in said.stdout, said
+
+
+def pip_calls(home: Path) -> list[str]:
+    """How pip was called, a line each; they are forgotten."""
+    calls = env_of(home) / "pip-calls"
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    calls.unlink(missing_ok=True)
+    return lines
 
 
 def refused(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -31,6 +43,13 @@ def refused(done: subprocess.CompletedProcess, *words: str) -> None:
         assert word in done.stderr
 
 
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Until the file is there."""
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
 def kill_session(leader: subprocess.Popen) -> None:
     """SIGKILL to every process of the session that `leader` (started with start_new_session) opened."""
     while True:
@@ -38,26 +57,15 @@ def kill_session(leader: subprocess.Popen) -> None:
         rows = [line.split() for line in listed.splitlines()]
         left = [int(pid) for pid, session, stat in rows if int(session) == leader.pid and stat[0] != "Z"]
         if not left:
+            leader.communicate()
             return
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
-def without_network() -> tuple[str, ...]:
-    """A command prefix that leaves no network, or a skip where the machine forbids it."""
-    for prefix in (("unshare", "-n"), ("unshare", "-rn")):
-        if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
-            return prefix
-    return pytest.skip("this machine lets nobody switch the network off (unshare -n)")
-
-
 def activate(shell: str, clone: Path, home: Path, then: str, **env: str) -> subprocess.CompletedProcess:
     """`source activate_env.sh; THEN` in a shell that knows nothing of this test's own environment."""
-    dropped = ("CONDA", "ENV_", "VIRTUAL_ENV", "PYTHON")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     script = f". '{clone}/activate_env.sh'\n{then}\n"
-    command = [shell, "-c", script]
-    return subprocess.run(
-        command, env={**clean, "HOME": str(home), **env}, cwd=home, capture_output=True, text=True
-    )
+    full = {**os.environ, "HOME": str(home), **env}
+    return subprocess.run([shell, "-c", script], env=full, cwd=clone, capture_output=True, text=True)

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import os
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -31,13 +32,22 @@ def test_conda_makes_and_activates_it(setup, clone, home, conda):
     call = next(line for line in (conda / "calls").read_text().splitlines() if line.startswith("create"))
     assert call == f"create -y -p {env_of(home)} --override-channels -c conda-forge python=3.12 pip"
     works(home, clone)
-    shown = activate("bash", clone, home, "echo $CONDA_PREFIX; command -v python")
-    assert shown.stdout.splitlines()[-2:] == [str(env_of(home)), f"{env_of(home)}/bin/python"]
+    for shell in ("bash", "zsh", "sh"):
+        if not shutil.which(shell):
+            continue
+        strict = f"set -eu; . '{clone}/activate_env.sh' >/dev/null; echo $-$CONDA_PREFIX; command -v python"
+        plain = subprocess.run([shell, "-euc", "echo $-"], capture_output=True, text=True).stdout.strip()
+        shown = activate(shell, clone, home, strict, PATH="/usr/bin:/bin")
+        assert shown.stdout.splitlines()[-2:] == [f"{plain}{env_of(home)}", f"{env_of(home)}/bin/python"], (
+            shown
+        )
 
     shutil.rmtree(conda)  # its module went away: the environment still works, and the user is told
     shown = activate("bash", clone, home, "command -v python")
     assert "only put first on PATH" in shown.stdout
     assert shown.stdout.splitlines()[-1] == f"{env_of(home)}/bin/python"
+    gone = activate("bash", clone, home, "command -v python", CONDA_SH="/nowhere/conda.sh")
+    assert gone.stdout.splitlines()[-1] == f"{env_of(home)}/bin/python", "a note, not an error"
     assert setup("--extras", "none", "--brief").returncode == 0
 
 

@@ -139,7 +139,9 @@ def bench() -> Iterator[Bench]:
         try:
             copy_code(ROOT, folder / "clone")
             (folder / "clone" / "logs").mkdir(exist_ok=True)
-            script = folder / "clone" / SCRIPT  # here it asks for no GPU: more runs at once than the nodes have
+            script = (
+                folder / "clone" / SCRIPT
+            )  # here it asks for no GPU: more runs at once than the nodes have
             lines = script.read_text().splitlines(keepends=True)
             script.write_text("".join(line for line in lines if "gpu" not in line or "#SBATCH" not in line))
             tiny.make_data(folder / "clone" / "data")

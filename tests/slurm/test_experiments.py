@@ -244,6 +244,7 @@ def killed_and_resumed(cluster, engaging, clone: Path, job: str) -> None:
     assert len({row["final_val_loss"] for rows in after.values() for row in rows}) == 8
 
 
+@pytest.mark.campaign  # minutes; its parts are tested above and in tests/tools
 def test_a_whole_study_from_its_first_run_to_the_board(cluster, engaging, whole, clone, tmp_path):
     """Four variants of two seeds with train_gpt_simple.py: queued, killed, resumed, promoted, reported, published."""
     where = ("--one-job", *SMALL)

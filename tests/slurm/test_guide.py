@@ -3,7 +3,6 @@
 What each line must do is in tests/docs/cluster_pages.py, next to the reasons of those that are not run.
 """
 
-import os
 import re
 import shlex
 import sys
@@ -36,7 +35,7 @@ class Shell:
         self.submitted: list[str] = []
         self.named: dict[str, str] = {}  # the newest job of each log's name
         self.env = {
-            "PATH": f"{clone / 'bin'}:{Path(sys.executable).parent}:{cluster.env['PATH']}",
+            "PATH": f"{clone / 'tools/bin'}:{Path(sys.executable).parent}:{cluster.env['PATH']}",
             "ENV_PATH": sys.prefix,
             "DATA_ROOT": str(clone / "data"),
             "DATA_MIRROR": str(MIRROR) if MIRROR.is_dir() else str(clone),
@@ -141,15 +140,12 @@ def follow(shell: Shell, line: str) -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh clone, the tiny set, stand-ins for the large sets, and `engaging` as the environment has it."""
+    """A fresh clone, the tiny set, and stand-ins for the large sets."""
     root = tmp_path_factory.mktemp("guide") / "engaging-nanogpt"
     copy_code(ROOT, root)
     (root / "logs").mkdir(exist_ok=True)
     write_tiny_set(root / "data" / "tiny")
     write_large_sets(root / "data")
-    (root / "bin").mkdir()
-    (root / "bin" / "engaging").write_text(f'#!/bin/bash\nexec {sys.executable} -m tools "$@"\n')
-    os.chmod(root / "bin" / "engaging", 0o755)  # noqa: PTH101
     return root
 
 

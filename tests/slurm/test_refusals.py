@@ -19,7 +19,11 @@ SPEEDRUN = "slurm/modded/train_speedrun.sh"
         (SHAKESPEARE, {}, "--partition=mit_normal_gpu --time=0-01:00:00 --gres=gpu:1 --cpus-per-gpu=8"),
         (SHAKESPEARE, {"NUM_GPUS": "2"}, "--partition=mit_normal_gpu --gres=gpu:2 --cpus-per-gpu=8"),
         (SHAKESPEARE, {"NUM_GPUS": "4"}, "--partition=mit_preemptable --gres=gpu:4"),
-        (SHAKESPEARE, {"GPU_TYPE": "h200"}, "--partition=mit_normal_gpu --gres=gpu:h200:1 --mem-per-gpu=128G"),
+        (
+            SHAKESPEARE,
+            {"GPU_TYPE": "h200"},
+            "--partition=mit_normal_gpu --gres=gpu:h200:1 --mem-per-gpu=128G",
+        ),
         (SHAKESPEARE, {"GPU_TYPE": "a100"}, "--partition=mit_preemptable --gres=gpu:a100:1"),
         (SHAKESPEARE, {"TIME": "10h"}, "--partition=mit_preemptable --time=0-10:00:00"),
         (SHAKESPEARE, {"TIME": "90"}, "--partition=mit_normal_gpu --time=0-01:30:00"),

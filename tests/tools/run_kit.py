@@ -41,7 +41,7 @@ def make_data(root: Path, name: str = "letters") -> None:
 def environment(data_root: Path, **more: str) -> dict[str, str]:
     """The environment to run a command in: one thread, no network mirror, this data root."""
     clean = {key: value for key, value in os.environ.items() if key not in ("DATA_MIRROR", "PYTHONPATH")}
-    return {**clean, "OMP_NUM_THREADS": "1", "DATA_ROOT": str(data_root), **more}
+    return {**clean, "ENV_PATH": sys.prefix, "OMP_NUM_THREADS": "1", "DATA_ROOT": str(data_root), **more}
 
 
 def run(clone: Path, data_root: Path, *words: object, **options) -> subprocess.CompletedProcess:

@@ -1,5 +1,6 @@
 """Values never become script text: hostile names, options and overrides, and what bash makes of the script."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,8 +14,10 @@ from nanogpt.common.errors import UserError
 from tools.args import NAME, list_of_names, name_of
 from tools.launch import book, presets, snapshot
 from tools.launch.book import Launch
+from tools.launch.command import _parser
 from tools.launch.environment import is_secret, job_environment
-from tools.launch.submit import batch_script, write_args
+from tools.launch.passed_on import passed_on
+from tools.launch.submit import RunExecutor, batch_script, write_args
 from tools.site.limits import Request
 
 CANARY = "canary-was-here"
@@ -51,42 +54,42 @@ def test_there_are_enough_cases():
     assert len(set(HOSTILE)) >= 200
 
 
-@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_value_is_refused_or_arrives_unchanged(value, tmp_path):
-    """As a name, account, partition, GPU type: refused or harmless. As an override: byte for byte in argv."""
-    for check in (name_of("--name"), list_of_names("--partition")):
-        try:
-            accepted = check(value)
-        except UserError as error:
-            assert "\n" not in str(error)
-        else:
-            assert accepted.replace(",", "").replace("-", "").replace("_", "").replace(".", "").isalnum()
+def test_hostile_values_are_refused_or_harmless_wherever_they_are_given():
+    """As a name, account, partition, GPU type, or an option that is passed on."""
     request = Request(1, "h200", 60, 1, 8, 64_000)
-    for bad in (Request(1, value, 60, 1, 8, None), Request(1, "h200", 60, 1, 8, None, account=value)):
+    for value in HOSTILE:
+        for check in (name_of("--name"), list_of_names("--partition")):
+            try:
+                accepted = check(value)
+            except UserError as error:
+                assert "\n" not in str(error), repr(value)
+            else:
+                assert accepted.replace(",", "").replace("-", "").replace("_", "").replace(".", "").isalnum()
+        for ask in (
+            lambda v: script(launch(), Request(1, v, 60, 1, 8, None)),
+            lambda v: script(launch(), Request(1, "h200", 60, 1, 8, None, account=v)),
+            lambda v: script(launch(), request, partition=v),
+        ):
+            with contextlib.suppress(UserError):
+                _only_the_known_lines(ask(value))
+        with contextlib.suppress(UserError):
+            _only_the_known_lines(script(launch(name=value), request))
+            assert NAME.fullmatch(value), repr(value)
+        with contextlib.suppress(UserError):
+            text = batch_script(
+                launch(), request, partition="p", tasks=1, throttle=1, passed_on={"nice": value}
+            )
+            (line,) = [line for line in text.splitlines() if "--nice" in line]
+            assert line.startswith("#SBATCH --nice=") and "exec bash" in text.splitlines()[-1], repr(value)
+
+
+def test_overrides_arrive_byte_for_byte_and_run_nothing(tmp_path):
+    words = [f"--note={value}" for value in HOSTILE]
+    for word in words:
         try:
-            text = script(launch(), bad)
-        except UserError:
-            continue
-        _only_the_known_lines(text)
-    try:
-        text = script(launch(), request, partition=value)
-    except UserError:
-        pass
-    else:
-        _only_the_known_lines(text)
-    try:
-        text = script(launch(name=value), request)
-    except UserError:
-        pass
-    else:
-        assert NAME.fullmatch(value)
-        _only_the_known_lines(text)
-    override = f"--note={value}"
-    try:
-        words = presets.check_overrides([override])
-    except UserError:
-        assert any(ord(char) < 32 or ord(char) == 127 for char in value)
-        words = [override]  # the second wall must hold without the first
+            presets.check_overrides([word])
+        except UserError:  # the second wall, below, must hold without this first one
+            assert any(ord(char) < 32 or ord(char) == 127 for char in word), repr(word)
     assert _argv_in_the_job(words, tmp_path) == words
     assert not list(tmp_path.rglob(f"*{CANARY}*"))
 
@@ -242,3 +245,53 @@ def _argv_in_the_job(words: list[str], folder: Path) -> list[str]:
     return [
         word.decode("utf-8", "surrogateescape") for word in (folder / "seen").read_bytes().split(b"\0")[:-1]
     ]
+
+
+def options_of(*words: str) -> dict:
+    return passed_on(_parser().read(["gpt2", *words]))
+
+
+def test_any_option_of_sbatch_is_passed_on_and_mail_sets_the_useful_four(monkeypatch):
+    monkeypatch.setenv("ENGAGING_MAIL", "lab@mit.edu")
+    found = options_of(
+        "--sbatch", "nice=100", "--sbatch", "exclusive", "--sbatch=constraint=[a|b]&c", "--mail"
+    )
+    text = batch_script(
+        launch(), Request(1, "h200", 60, 1, 8, None), partition="p", tasks=1, throttle=1, passed_on=found
+    )
+    lines = text.splitlines()
+    for line in ("nice=100", "exclusive", "mail-user=lab@mit.edu", "mail-type=BEGIN,END,FAIL,REQUEUE"):
+        assert f"#SBATCH --{line}" in lines, text
+    assert "'[a|b]&c'" in text or "[a|b]&c" in text
+    assert options_of("--mail", "me@mit.edu")["mail-user"] == "me@mit.edu" and options_of() == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sbatch", "partition=x"], "a flag of its own"),
+        (["--sbatch=--output=/tmp/x"], "logs/NAME-JOBID.out"),
+        (["--sbatch", "wrap=touch x"], "launch sets it itself"),
+        (["--sbatch", "-p x"], "by its long name"),
+        (["--sbatch", "nice="], "by its long name"),
+        (["--mail"], "engaging config set mail"),
+        (["--mail", "nobody"], "expected an address"),
+    ],
+)
+def test_options_that_launch_owns_are_refused(monkeypatch, words, said):
+    monkeypatch.delenv("ENGAGING_MAIL", raising=False)
+    with pytest.raises(UserError, match=said):
+        options_of(*words)
+    with pytest.raises(UserError, match="not a value"):
+        batch_script(
+            launch(), Request(0, None, 9), partition="p", tasks=1, throttle=1,
+            passed_on={"nice": "1\ntouch x"},
+        )  # fmt: skip
+
+
+def test_a_greeting_with_numbers_is_not_taken_for_the_job():
+    said = (
+        "Welcome to Cluster3\ncheck 1: job 12 passed\ncheck 2 of 5\nSubmitted batch job 4711 on cluster c2\n"
+    )
+    assert RunExecutor.job_id(said) == "4711"
+    assert RunExecutor.job_id("Welcome to Cluster3, job 12\n") == RunExecutor.job_id("") == ""

@@ -8,7 +8,7 @@ from nanogpt.common.errors import UserError
 from tools.launch.presets import NAMED
 from tools.site import slurm
 from tools.site.cluster import Cluster, read_jobs, read_nodes, read_partitions, read_qos
-from tools.site.limits import Request, check_account, check_gpu_type, effective_qos, refusals, user_cap
+from tools.site.limits import Request, check_account, check_gpu_type, effective_qos, gpu_cap, refusals
 from tools.site.plan import Option, best, launch_line, options
 from tools.site.profile import Site
 from tools.site.reasons import ENDS, REASONS
@@ -80,14 +80,14 @@ def test_the_partitions_qos_goes_before_the_jobs(cluster):
         ("mit_normal_gpu", {"gres/gpu": 2}),
         ("normal", {"cpu": 4}),
     ]
-    assert user_cap(cluster, partition, request()) == (2, "mit_normal_gpu")
+    assert gpu_cap(cluster, partition, request()) == (2, "mit_normal_gpu")
     cluster.qos["normal"] = Qos("normal", per_user={"gres/gpu": 1}, flags=("OverPartQOS",))
-    assert user_cap(cluster, partition, request()) == (1, "normal")
+    assert gpu_cap(cluster, partition, request()) == (1, "normal")
 
 
 def test_a_limit_by_type(cluster):
     cluster.qos["mit_preemptable"] = Qos("mit_preemptable", per_user={"gres/gpu": 4, "gres/gpu:h200": 1})
-    assert user_cap(cluster, cluster.partitions["mit_preemptable"], request(2))[0] == 1
+    assert gpu_cap(cluster, cluster.partitions["mit_preemptable"], request(2))[0] == 1
     assert refusals(cluster, request(2), "mit_preemptable")[0].remedy == "--gpus=1"
     assert refusals(cluster, request(2, "h100"), "mit_preemptable") == []
 
@@ -143,7 +143,7 @@ def test_your_own_quota_is_told_from_a_busy_cluster(cluster):
         ("PartitionTimeLimit", "TimeLimit=06:00:00"),
         ("JobHeldUser", "scontrol release 7"),
         ("DependencyNeverSatisfied", "scancel 7"),
-        ("(ReqNodeNotAvail, May be reserved for other job)", "scontrol show reservation"),
+        ("(ReqNodeNotAvail, UnavailableNodes:node1)", "sinfo -R"),
         ("QOSMaxWallDurationPerJobLimit", "TimeLimit="),
         ("JobArrayTaskLimit", "ArrayTaskThrottle=8"),
         ("BadConstraints", "2 GPUs"),

@@ -23,6 +23,7 @@ from tools.analysis import compare, findings, load, words
 from tools.analysis.findings import Comparison, GroupFinding
 from tools.analysis.records import Group, Study, time_obstacle
 from tools.args import Parser
+from tools.place import print_fetch_line
 
 MOST_ROWS = 60  # of the table; --json has them all
 MOST_LISTED = 20  # runs that do not count
@@ -219,4 +220,5 @@ def main(argv: list[str]) -> int:
         written = pictures.write(found, folder)
         if not args.json:
             print(f"\nwritten: {len(written)} pictures in {folder}")
+            print_fetch_line(folder)
     return 0

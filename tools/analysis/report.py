@@ -23,6 +23,7 @@ from tools.analysis.analyze import Analysis
 from tools.analysis.findings import Comparison, GroupFinding
 from tools.analysis.records import Group
 from tools.args import Parser
+from tools.place import print_fetch_line
 from tools.runs import printable
 
 if TYPE_CHECKING:
@@ -226,4 +227,5 @@ def main(argv: list[str]) -> int:
     notes = [printable(note)[:1000] for note in args.note if note.strip()]
     atomic_write_text(out, page(found, title, command, made, notes))
     print(f"written: {out}")
+    print_fetch_line(out)
     return 0

@@ -20,9 +20,10 @@ from nanogpt.common.errors import UserError
 from tools.args import Parser, clock, list_of_names, minutes, name_of, whole
 from tools.launch import book, environment, presets, snapshot
 from tools.launch.book import Launch
+from tools.launch.passed_on import passed_on
 from tools.launch.presets import Target
 from tools.place import checkout
-from tools.site import limits, profile, slurm
+from tools.site import limits, profile, settings, slurm
 from tools.site.cluster import Cluster, ask_cluster
 from tools.site.limits import Request
 from tools.site.plan import Option, ask_starts, best, options
@@ -59,6 +60,7 @@ def _launch_slurm(
     args: argparse.Namespace, root: Path, target: Target, name: str, overrides: list[str]
 ) -> int:
     cluster, site = ask_cluster(), profile.current_site(root)
+    settings.fill(args, site.path)
     previous = book.latest(root, name)
     only_asking = args.dry_run or args.test_only
     if previous is not None and not only_asking and (status := _still_there(cluster, previous)):
@@ -118,6 +120,7 @@ def _script(args: argparse.Namespace, launch: Launch, option: Option, throttle: 
         tasks=args.seeds,
         throttle=throttle,
         reservation=args.reservation,
+        passed_on=passed_on(args),
     )
 
 
@@ -167,8 +170,8 @@ def choose(args: argparse.Namespace, cluster: Cluster, site: profile.Site, targe
         args.nodes,
         args.cpus or 0,
         slurm.memory_mb(args.mem) if args.mem else None,
-        args.account or os.environ.get("SBATCH_ACCOUNT") or None,
-        args.qos or os.environ.get("SBATCH_QOS") or None,
+        args.account,
+        args.qos,
     )
     limits.check_gpu_type(cluster, asked.gpu_type)
     limits.check_account(cluster, asked)
@@ -267,7 +270,8 @@ def _launch_here(
 
     if args.test_only:
         raise UserError("--test-only: no SLURM here to ask (no sbatch on PATH); log in to the cluster")
-    asked = [f for f in ("partition", "account", "qos", "reservation") if getattr(args, f)]
+    asked = [f for f in ("partition", "account", "qos", "reservation", "sbatch") if getattr(args, f)]
+    asked += ["mail"] if args.mail is not None else []
     if asked:
         raise UserError(
             f"--{asked[0]}: no SLURM here (no sbatch on PATH); leave it out, or log in to the cluster"
@@ -348,7 +352,7 @@ def _parser() -> Parser:
     add("--time", type=minutes("--time"), help="time limit of one job: 6h, 90m, 2-00:00:00")
     add("--nodes", type=whole("--nodes", 1, 1024), default=1, help="nodes (default 1)")
     add("--cpus", type=whole("--cpus", 1, 4096), help="CPUs on each node; default: the site's figure")
-    add("--mem", type=_memory, help="memory on each node, such as 64G; default: the site's figure")
+    add("--mem", type=memory, help="memory on each node, such as 64G; default: the site's figure")
     add("--partition", type=list_of_names("--partition"), help="default: the one that starts first")
     add("--account", type=name_of("--account"))
     add("--qos", type=name_of("--qos"), help="name it together with --account")
@@ -366,6 +370,20 @@ def _parser() -> Parser:
         help="seeds at once; default: what your limits allow",
     )
     add("--max-restarts", type=whole("--max-restarts", 0, 1000), default=20, help="further jobs, default 20")
+    add(
+        "--mail",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="mail at its beginning, end, failure and requeue; default: the address of engaging config",
+    )
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION[=VALUE]",
+        help="any other option of sbatch, as often as needed: --sbatch nice=100 --sbatch exclusive",
+    )
     add("--dry-run", action="store_true", help="print the exact batch script and stop")
     add("--test-only", action="store_true", help="ask the scheduler, queue nothing")
     add("--local", action="store_true", help="run on this machine, in the background")
@@ -382,7 +400,8 @@ class _Given(argparse.Action):
         namespace.gpus_given = True
 
 
-def _memory(text: str) -> str:
+def memory(text: str) -> str:
+    """A type for amounts of memory as SLURM writes them."""
     if not slurm.memory_mb(text):
         raise UserError(f"--mem={text[:40]!r}: expected an amount such as 64G or 500000M")
     return text

@@ -195,7 +195,7 @@ def _progress(run: Run, counts: dict[str, int]) -> str:
 
 def _brief(counts: dict[str, int]) -> str:
     if not counts:
-        return "not in the queue"
+        return "not in the queue: from run files"
     if sum(counts.values()) == 1:
         return next(iter(counts))
     return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))

@@ -14,7 +14,7 @@ reads.
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import submitit
@@ -30,6 +30,7 @@ from tools.site.limits import Request
 from tools.site.slurm import Answer, SlurmUnreachable
 
 OPTION_VALUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:,=%/@+-]*")
+PASSED_ON_VALUE = re.compile(r"[A-Za-z0-9._:,=%/@+&|()\[\]*!~^-]+")  # --constraint has a language of its own
 SAVE_LEAD_S = 120  # how long before the time limit the job is told to save
 ATTEMPTS = 3
 LOOKUPS = (0.5, 2.0, 5.0, 10.0)  # seconds between questions about a submission that got no answer
@@ -53,9 +54,10 @@ class RunExecutor(submitit.SlurmExecutor):
 
     @staticmethod
     def job_id(text: str) -> str:
-        """The job id in sbatch's answer, "" when there is none."""
+        """The job id in sbatch's answer, "" when there is none. A site's filter may greet with numbers before it."""
+        lines = [line for line in text.splitlines() if line.startswith("Submitted batch job ")]
         try:
-            return submitit.SlurmExecutor._get_job_id_from_submission_command(text)
+            return submitit.SlurmExecutor._get_job_id_from_submission_command(lines[-1] if lines else "")
         except FailedSubmissionError:
             return ""
 
@@ -70,11 +72,12 @@ def batch_script(
     reservation: str | None = None,
     after: str = "",
     command: str = "",
+    passed_on: Mapping[str, str | bool] | None = None,
 ) -> str:
     """The exact text for sbatch. Raises UserError for a value that must not stand in a script.
 
     `after`: job ids joined by `:`; it starts when all have ended well, and is cancelled when one has not. `command`
-    replaces `job_command`: fixed text but for strict names.
+    replaces `job_command`: fixed text but for strict names. `passed_on`: options of sbatch as the user gave them.
     """
     executor = RunExecutor(SHELF)
     further = {
@@ -107,6 +110,10 @@ def batch_script(
     for key, value in (*options.items(), *further.items()):
         if not OPTION_VALUE.fullmatch(str(value)):
             raise UserError(f"--{key.replace('_', '-')}={value!r}: not a value for a batch script")
+    for key, value in (passed_on or {}).items():
+        if not PASSED_ON_VALUE.fullmatch(str(value)):
+            raise UserError(f"--sbatch={key}={value!r}: not a value for a batch script")
+    further.update(passed_on or {})
     executor.update_parameters(
         **options, additional_parameters=further, stderr_to_stdout=True, use_srun=False, wckey=None
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 from nanogpt.common.errors import CommandError, UserError
 from nanogpt.common.flags import nearest
 from tools.args import Parser, name_of, whole
+from tools.place import print_fetch_line
 from tools.runs import printable
 
 EXIT_REFUSED = 1
@@ -278,6 +279,7 @@ def build(argv: list[str]) -> int:
     for name, reason in left_out:
         print(f"left out  {printable(name)}: {printable(reason)}")
     print(f"{shown} record{'s' * (shown != 1)} on {out / 'index.html'}")
+    print_fetch_line(out)
     return 0
 
 

@@ -13,6 +13,7 @@ from nanogpt.common.errors import CommandError
 from nanogpt.common.storage import atomic_write_bytes
 from tools.launch.environment import environment_python, need_log_folder
 from tools.site.doctor import Finding
+from tools.site.settings import scratch_folder
 
 SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "wekafs", "fuse.sshfs", "cifs", "afs", "panfs", "ceph")
 WANTED_GB = 20  # checkpoints, logs and the small data sets
@@ -122,7 +123,7 @@ def disk(root: Path) -> list[Finding]:
                 )
             )
         elif free < WANTED_GB:
-            found.append(Finding("disk", "warn", text, "free space, or DATA_ROOT and out/ on scratch"))
+            found.append(Finding("disk", "warn", text, "free space, or: engaging config scratch"))
         else:
             found.append(Finding("disk", "ok", text))
     return found
@@ -189,8 +190,8 @@ def quota_row(line: str) -> list[tuple[str, float]]:
 
 def scratch(root: Path) -> list[Finding]:
     """How long ago anything on scratch was touched: such places are purged."""
-    folder = Path(os.environ.get("SCRATCH") or Path.home() / "orcd" / "scratch")
-    if not folder.is_dir():
+    folder = scratch_folder()
+    if folder is None:
         return [Finding("scratch", "skip", "no scratch folder here ($SCRATCH, ~/orcd/scratch)")]
     newest = max((entry.stat().st_mtime for entry in os.scandir(folder)), default=folder.stat().st_mtime)
     days = (time.time() - newest) / 86400

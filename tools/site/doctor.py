@@ -5,6 +5,7 @@ breaks is itself a finding. Exit status: 0, or 1 when something failed.
 """
 
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -64,6 +65,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--seconds", type=whole("--seconds", 1, 86400), default=5, help="how long --gpus reduces (default 5)"
     )
+    parser.add_argument(
+        "--bundle",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="also pack what a help desk asks for, secrets removed",
+    )
     args = parser.read(argv)
     root = checkout()
     found = run_checks(_checks(args.gpus, args.seconds), root)
@@ -77,6 +85,10 @@ def main(argv: list[str]) -> int:
         for finding in found:
             print(finding.line())
         print(f"\n{failed} failed, {warned} warnings" if failed or warned else "\nall is well")
+    if args.bundle is not None:
+        from tools.site import bundle
+
+        bundle.write(root, Path(args.bundle or time.strftime("engaging-support-%m%d-%H%M%S.tar.gz")), found)
     return 1 if failed else 0
 
 

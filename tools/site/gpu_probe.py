@@ -142,9 +142,10 @@ def wait_for(ranks: list[subprocess.Popen], folder: str) -> None:
     seen, moved = {}, time.monotonic()
     while True:
         ended = [child.poll() for child in ranks]
-        for rank, status in enumerate(ended):
-            if status:
-                raise SystemExit(f"rank {rank} (process {ranks[rank].pid}) {how(rank, status, folder)}")
+        bad = [(status, rank) for rank, status in enumerate(ended) if status]
+        if bad:  # a rank whose peer was killed fails too, within the same glance: signals are negative, and come first
+            status, rank = min(bad)
+            raise SystemExit(f"rank {rank} (process {ranks[rank].pid}) {how(rank, status, folder)}")
         if all(status == 0 for status in ended):
             return
         notes = [read_note(folder, rank) for rank in range(len(ranks))]

@@ -81,13 +81,14 @@ def default_qos(cluster: Cluster, account: str | None) -> str | None:
     return "normal" if any("normal" in row.qos for row in rows) else None
 
 
-def user_cap(cluster: Cluster, partition: Partition, request: Request) -> tuple[int | None, str]:
-    """The most GPUs of the request's type that one user may hold there, and the QOS that says so."""
+def gpu_cap(
+    cluster: Cluster, partition: Partition, request: Request, per_job: bool = False
+) -> tuple[int | None, str]:
+    """The most GPUs of the request's type that one user (one job) may hold there, and the QOS that says so."""
     caps: list[tuple[int, str]] = []
     for qos in effective_qos(cluster, partition, request):
-        for name in _gpu_names(request.gpu_type):
-            if name in qos.per_user:
-                caps.append((qos.per_user[name], qos.name))
+        limits = qos.per_job if per_job else qos.per_user
+        caps += [(limits[name], qos.name) for name in _gpu_names(request.gpu_type) if name in limits]
     return min(caps, default=(None, ""), key=lambda cap: cap[0])
 
 

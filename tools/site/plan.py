@@ -21,8 +21,10 @@ from tools.launch.presets import Target, resolve
 from tools.place import checkout
 from tools.site import grace, slurm
 from tools.site.cluster import Cluster, ask_cluster, gpu_rank
-from tools.site.limits import Refusal, Request, check_account, check_gpu_type, refusals, user_cap
+from tools.site.estimate import past
+from tools.site.limits import Refusal, Request, check_account, check_gpu_type, gpu_cap, refusals
 from tools.site.profile import Site, current_site, default_cpus, default_memory
+from tools.site.settings import fill
 
 SAME_START_S = 120  # starts closer than this count as equal: the estimate is no better
 PROBES_AT_ONCE = 4  # --test-only calls side by side
@@ -88,7 +90,7 @@ def options(
                 option.refusals.append(Refusal("wrong count", why))
             option.spares_gpus = bool(request.gpus) or not cluster.gpu_types(name)
             option.free = sum(node.free_gpus(kind) for node in cluster.nodes_of(name)) if kind else 0
-            cap, _ = user_cap(cluster, partition, asked)
+            cap, _ = gpu_cap(cluster, partition, asked)
             if cap is not None and asked.all_gpus:
                 option.at_once = max(1, cap // asked.all_gpus)
             found.append(option)
@@ -174,6 +176,8 @@ def main(argv: list[str]) -> int:
     root = checkout()
     target = resolve(root, args.preset)
     slurm.need_slurm("engaging plan")
+    site = current_site(root)
+    fill(args, site.path, ("account", "qos"))
     request = Request(
         args.gpus,
         args.gpu_type,
@@ -184,7 +188,7 @@ def main(argv: list[str]) -> int:
         args.account,
         args.qos,
     )
-    cluster, site = ask_cluster(), current_site(root)
+    cluster = ask_cluster()
     check_gpu_type(cluster, request.gpu_type)
     check_account(cluster, request)
     if why := target.refuse_gpus(request.all_gpus):
@@ -216,7 +220,7 @@ def _show(
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip())
-    for note in cluster.notes:
+    for note in [*cluster.notes, past(checkout(), args.preset)]:
         print(f"note: {note}")
     print()
     if chosen:

@@ -1,7 +1,7 @@
 """SLURM's reasons and ends, and our trainers' exit statuses, in words: a table for `engaging why`.
 
 Remedies may name {id}, {log}, {more}, and what `why` fills in from the cluster: {gpus} {cpus} {memory}
-{time} {fits}.
+{time} {fits} {group} {window}.
 """
 
 YOURS, CLUSTER, JOB, ADMIN = "your own limit", "the cluster is busy", "the job itself", "the cluster's staff"
@@ -54,7 +54,7 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
         "reqnodenotavail",
         CLUSTER,
         "its nodes are down, drained or reserved, often for a maintenance before the job would end",
-        "a --time that ends before it (scontrol show reservation), or other nodes",
+        "{window}",
     ),
     ("nodedown", CLUSTER, "a node it needs is down", "wait, or leave out --nodelist"),
     ("badconstraints", JOB, "no node has what it asks for", "{fits}"),
@@ -80,7 +80,7 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
         "qosgrp",
         YOURS,
         "a limit that your whole group shares is reached: others of the group hold the rest",
-        "wait",
+        "{group}",
     ),
     ("qosmingres", YOURS, "the QOS wants more GPUs a job than it asks for", "--gpus as the QOS says"),
     ("qosnotallowed", YOURS, "the partition does not take its QOS", "--qos or --partition (engaging plan)"),

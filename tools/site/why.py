@@ -5,6 +5,7 @@ SLURM's reason is one word. Here it is joined with what was asked, the user's ow
 already holds: "the cluster is busy" and "your own quota" look alike in squeue.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,9 +15,11 @@ from nanogpt.common.errors import UserError
 from tools.args import Parser, clock, parse_minutes, words
 from tools.site import slurm
 from tools.site.cluster import Cluster, ask_cluster
-from tools.site.limits import Request, effective_qos, largest_node, refusals, user_cap
+from tools.site.limits import Request, effective_qos, gpu_cap, largest_node, refusals
 from tools.site.reasons import ENDS, EXITS, REASONS
 from tools.site.slurm import SlurmUnreachable
+
+BEFORE_WINDOW_MIN, SHORTEST_MIN = 5, 10  # room before a reservation; less than that is no job
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,11 @@ def explain(row: dict[str, str], cluster: Cluster) -> Explanation:
         detail, remedy = _quota(row, request, cluster, remedy)
         text += detail
     elif "{time}" in remedy:
-        remedy = _time_flag(job, row.get("Partition", ""), cluster)
+        remedy = _time_flag(row, request, cluster)
+    elif "{group}" in remedy:
+        text, remedy = _group(request, row, cluster, text)
+    elif "{window}" in remedy:
+        text, remedy = _before_the_window(row, cluster, text)
     elif "{fits}" in remedy:
         remedy = _fits(row, request, cluster)
     if "ArrayTaskThrottle" in row:
@@ -137,12 +144,12 @@ def _quota(row: dict[str, str], request: Request, cluster: Cluster, remedy: str)
     partition = cluster.partitions[name]
     held = cluster.used(partition=name)
     if "{gpus}" in remedy:
-        cap, qos = user_cap(cluster, partition, request)
+        per_job = row.get("Reason", "").lower().endswith("perjob")
+        cap, qos = gpu_cap(cluster, partition, request, per_job)
         if cap is None:
             return "", "ask for fewer GPUs (engaging plan shows your limits)"
-        detail = (
-            f": it asks for {request.all_gpus}, {qos!r} allows {cap}, you hold {held['gres/gpu']} there now"
-        )
+        detail = f": it asks for {request.all_gpus}, {qos!r} allows {cap}"
+        detail += "" if per_job else f", you hold {held['gres/gpu']} there now"
         if request.all_gpus <= cap:
             return detail, "wait until your other jobs end, or cancel one"
         kind = f"{request.gpu_type}:" if request.gpu_type else ""
@@ -175,12 +182,56 @@ def _elsewhere(cluster: Cluster, request: Request, but: str) -> str:
     return ""
 
 
-def _time_flag(job: str, partition: str, cluster: Cluster) -> str:
-    known = [cluster.partitions[p] for p in partition.split(",") if p in cluster.partitions]
-    limits = [p.max_minutes for p in known if p.max_minutes]
-    if not limits:
+def _time_flag(row: dict[str, str], request: Request, cluster: Cluster) -> str:
+    known = [cluster.partitions[p] for p in row.get("Partition", "").split(",") if p in cluster.partitions]
+    limits = [p.max_minutes for p in known]
+    limits += [qos.max_minutes for p in known for qos in effective_qos(cluster, p, request)]
+    shortest = clock(min((limit for limit in limits if limit), default=0))
+    if shortest == clock(0):
         return "a shorter --time"
-    return f"scontrol update JobId={job} TimeLimit={clock(min(limits))}  (or --time {clock(min(limits))})"
+    return f"scontrol update JobId={row.get('JobId', '?')} TimeLimit={shortest}  (or --time {shortest})"
+
+
+def _before_the_window(row: dict[str, str], cluster: Cluster, text: str) -> tuple[str, str]:
+    """Which reservation keeps the job's nodes, and the time limit that ends before it."""
+    wanted = _expand(row.get("ReqNodeList", "")) or {
+        node.name for name in row.get("Partition", "").split(",") for node in cluster.nodes_of(name)
+    }
+    coming = []
+    for line in slurm.ask(["scontrol", "show", "reservation", "-o"]).out.splitlines():
+        found = slurm.fields(line)
+        with contextlib.suppress(ValueError):
+            start, end = (datetime.fromisoformat(found.get(key, "")) for key in ("StartTime", "EndTime"))
+            if end > datetime.now() and wanted & _expand(found.get("Nodes", "")):
+                coming.append((start, end, found.get("ReservationName", "?")))
+    if not coming:
+        return text, "other nodes (leave out --nodelist), or wait: sinfo -R says why they are away"
+    start, end, name = min(coming)
+    text = f"its nodes are reserved from {start:%a %d %b %H:%M} to {end:%a %d %b %H:%M} ({name})"
+    minutes = int((start - datetime.now()).total_seconds() / 60) - BEFORE_WINDOW_MIN
+    if minutes < SHORTEST_MIN:
+        return text, "wait: it starts after that"
+    limit = clock(minutes)
+    return text, (
+        f"scontrol update JobId={row.get('JobId', '?')} TimeLimit={limit}  (or --time {limit}: it ends before, and a "
+        "later job goes on)"
+    )
+
+
+def _expand(hosts: str) -> set[str]:
+    """`node[1-3,7]` as names."""
+    if hosts in ("", "(null)", "None"):
+        return set()
+    return set(slurm.ask(["scontrol", "show", "hostnames", hosts]).out.split())
+
+
+def _group(request: Request, row: dict[str, str], cluster: Cluster, text: str) -> tuple[str, str]:
+    """A shared limit that the job alone is over never lets it start, however long it waits."""
+    name = row.get("Partition", "").split(",")[0]
+    for refusal in refusals(cluster, request, name) if name in cluster.partitions else []:
+        if "its whole group" in refusal.text:
+            return refusal.text, refusal.remedy or "ask for less"
+    return text, "wait"
 
 
 def _fits(row: dict[str, str], request: Request, cluster: Cluster) -> str:

@@ -1,34 +1,26 @@
-"""Runs a kernel's test through Triton's interpreter, in a process of its own, and repairs the interpreter's arithmetic.
+"""Runs the kernels' comparisons through Triton's interpreter, and repairs the interpreter's arithmetic.
 
-As it is, it truncates where GPUs round to nearest even, loses the carry of a mantissa that rounds up to the next power
-of two, and multiplies the bit patterns of bfloat16 numbers as if they were integers; Triton 3.6's cannot count a loop
-beside a recent NumPy. The kernels are what is tested.
+    TRITON_INTERPRET=1 python -m tests.modded.kernels.interpreter_kit [everything]
+
+One process does it for all files (`test_interpreted`), as each start of torch takes seconds. As it is, the interpreter
+truncates where GPUs round to nearest even, loses the carry of a mantissa that rounds up to the next power of two, and
+multiplies the bit patterns of bfloat16 numbers as if they were integers; Triton 3.6's cannot count a loop beside a
+recent NumPy. The kernels are what is tested.
 """
 
-import os
-import subprocess
+import importlib
 import sys
-from pathlib import Path
+import time
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
+FILES = ("attention", "cross_entropy", "dynamic_composition", "embedding", "fp8", "mlp", "symmetric_matmul")
 DTYPES = {
     "fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
     "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2,
 }  # fmt: skip
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def run_interpreted(file: str, timeout: float = 600) -> None:
-    """Run `python FILE`, which must print `equal` at its end."""
-    done = subprocess.run(
-        [sys.executable, file],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.endswith("equal\n"), done.stderr[-3000:]
 
 
 def repair() -> None:
@@ -59,3 +51,18 @@ def repair() -> None:
     interpreter._patch_lang_tensor = patch
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def main(everything: bool) -> None:
+    """Each file's `interpreted`, with the seconds of processor time it took."""
+    repair()
+    for name in FILES:
+        print(name, end=" ", flush=True)  # the last one named is the one that failed
+        before = time.process_time()
+        importlib.import_module(f"tests.modded.kernels.test_{name}").interpreted(everything)
+        print(f"{time.process_time() - before:.1f} s")
+    print("equal")
+
+
+if __name__ == "__main__":
+    main("everything" in sys.argv[1:])

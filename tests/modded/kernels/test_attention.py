@@ -24,6 +24,7 @@ CASES = [
     (LENGTHS, 1, 128, 128, 128, SMALL),
     ((1,), 1, 16, 16, 5, LARGE_LONG),
 ]
+QUICK_CASES = [((1, 20, 1, 17), 1, 16, 32, 20, SMALL_TILES[1]), ((20, 12), 2, 16, 16, 40, SMALL_TILES[0])]
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, window: int) -> Tensor:
@@ -124,12 +125,6 @@ def test_the_twin_keeps_dtypes():
     assert [x.dtype for x in found] == [torch.bfloat16] * 4
 
 
-def test_the_kernels_interpreted():
-    from tests.modded.kernels.interpreter_kit import run_interpreted
-
-    run_interpreted(__file__)
-
-
 @pytest.mark.gpu
 def test_the_kernels_on_a_gpu():
     if not torch.cuda.is_available():
@@ -146,14 +141,11 @@ def test_the_kernels_on_a_gpu():
     check_op("cuda", torch.bfloat16)
 
 
-if __name__ == "__main__":
-    from tests.modded.kernels.interpreter_kit import repair
-
-    repair()
-    for one in CASES:
-        compare("cpu", torch.float32, one, 2e-5)
-    compare("cpu", torch.bfloat16, CASES[1], 2e-2)
+def interpreted(everything: bool) -> None:
+    """By default one case each of even and of odd sizes, and what no window or width decides."""
+    for case in CASES if everything else QUICK_CASES:
+        compare("cpu", torch.float32, case, 2e-5)
+    compare("cpu", torch.bfloat16, CASES[1] if everything else QUICK_CASES[1], 2e-2)
     compare_strided("cpu", torch.float32)
     check_large_scores("cpu", torch.float32)
     check_op("cpu", torch.float32)
-    print("equal")

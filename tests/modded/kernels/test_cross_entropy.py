@@ -198,12 +198,6 @@ def test_evaluation_on_the_cpu():
     compare_eval("cpu", torch.float32, 300)
 
 
-def test_the_kernels_interpreted():
-    from tests.modded.kernels.interpreter_kit import run_interpreted
-
-    run_interpreted(__file__)
-
-
 @pytest.mark.gpu
 def test_the_kernels_on_a_gpu():
     if not torch.cuda.is_available():
@@ -222,17 +216,13 @@ def test_the_kernels_on_a_gpu():
     check_compiled("cuda", backend="inductor")
 
 
-if __name__ == "__main__":
-    from tests.modded.kernels.interpreter_kit import repair
-
-    repair()
-    for case in CASES:
+def interpreted(everything: bool) -> None:
+    for case in CASES if everything else [CASES[0], CASES[3]]:
         compare_loss("cpu", torch.float32, case, 2e-5)
-    compare_loss("cpu", torch.bfloat16, CASES[-1], 1e-2)
+    compare_loss("cpu", torch.bfloat16, CASES[1], 1e-2)
     compare_fp8("cpu", 32, 64, 304, torch.bfloat16)
-    for size in (37, 9001):
+    for size in (37, 9001) if everything else (37,):
         compare_eval("cpu", torch.float32, size)
     check_zero_weights("cpu")
     check_contract("cpu")
     check_op("cpu")
-    print("equal")

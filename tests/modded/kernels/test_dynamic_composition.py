@@ -138,12 +138,6 @@ def test_weights_of_zero_change_nothing():
     assert torch.equal(out, y)
 
 
-def test_the_kernels_interpreted():
-    from tests.modded.kernels.interpreter_kit import run_interpreted
-
-    run_interpreted(__file__)
-
-
 @pytest.mark.gpu
 def test_the_kernels_on_a_gpu():
     if not torch.cuda.is_available():
@@ -154,13 +148,12 @@ def test_the_kernels_on_a_gpu():
     check_op("cuda", torch.bfloat16)
 
 
-if __name__ == "__main__":
-    from tests.modded.kernels.interpreter_kit import repair
-
-    repair()
-    for one in CASES:
-        compare("cpu", torch.float32, one, 1e-5)
+def interpreted(everything: bool) -> None:
+    """Only `make faults` runs these kernels, which the record no longer uses."""
+    if not everything:
+        return
+    for case in CASES:
+        compare("cpu", torch.float32, case, 1e-5)
     compare("cpu", torch.bfloat16, CASES[0], 2e-2)
     compare_op("cpu", torch.float32, 1e-5)
     check_op("cpu", torch.float32)
-    print("equal")

@@ -1,5 +1,7 @@
 """The MLP: the kernels against float64, the scales' way through the steps, as an op of torch."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,10 +125,10 @@ def check_gradient_layout(device: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
 
-def check_op(device: str, **how: object) -> None:
+def check_op(device: str, kinds: Iterable[str], **how: object) -> None:
     """Torch's own checks of an op; a compiled graph without breaks, which changes the state as the plain call does."""
     u, bank, grad = inputs((33, 48, 80), device, torch.bfloat16)
-    for kind in KINDS:
+    for kind in kinds:
         which = KINDS[kind][0]
         results = []
         for compiled in (False, True):
@@ -175,12 +177,6 @@ def test_the_tiles_fit(shared_kib, eight_bit):
             assert cut.stages >= 2 and pieces + ends + 1024 <= shared_kib * 1024
 
 
-def test_the_kernels_interpreted():
-    from tests.modded.kernels.interpreter_kit import run_interpreted
-
-    run_interpreted(__file__)
-
-
 @pytest.mark.gpu
 def test_the_kernels_on_a_gpu():
     if not torch.cuda.is_available():
@@ -194,21 +190,17 @@ def test_the_kernels_on_a_gpu():
             compare("cuda", torch.bfloat16, size, kind)
     check_resume("cuda")
     check_gradient_layout("cuda")
-    check_op("cuda")
-    check_op("cuda", backend="inductor")
+    check_op("cuda", KINDS)
+    check_op("cuda", KINDS, backend="inductor")
 
 
-if __name__ == "__main__":
-    from tests.modded.kernels.interpreter_kit import repair
-
-    repair()
-    for size in SIZES:
-        for kind in KINDS:
+def interpreted(everything: bool) -> None:
+    for size in SIZES if everything else SIZES[1:2]:
+        for kind in KINDS if everything else ("bfloat16", "backward"):
             compare("cpu", torch.float32 if size == SIZES[0] else torch.bfloat16, size, kind)
     check_scales("cpu")
     check_resume("cpu")
     check_gradient_layout("cpu")
-    check_op("cpu")
+    check_op("cpu", KINDS if everything else ("bfloat16", "backward"))
     with pytest.raises(ValueError, match="must be multiples of 16"):
         kernels.mlp(torch.ones(2, 24), torch.ones(16, 24), torch.ones(16, 24))
-    print("equal")

@@ -1,8 +1,5 @@
 """Symmetric products: the kernel against float64, interpreted and on a GPU, and the matrix iteration made of them."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -10,31 +7,24 @@ from modded_nanogpt.kernels import symmetric_matmul as kernels
 from modded_nanogpt.kernels.reference import symmetric_matmul as reference
 from modded_nanogpt.optim.orthogonalize import MARGINS, NEWTON_SCHULZ, POLAR_EXPRESS, orthogonalize
 
-# Argument: cpu or cuda. Sizes that fit a tile, that are smaller than one, and that are neither.
-COMPARE = """
-import sys
-import torch
-from modded_nanogpt.kernels import symmetric_matmul as kernels
-from modded_nanogpt.kernels.reference import symmetric_matmul as reference
-
-device = sys.argv[1]
-sizes = [(2, 40, 24), (1, 65, 130), (3, 16, 16), (1, 200, 96), (1, 64, 128)]
-kinds = [(torch.float16, 2e-3)]
-if device == "cuda":
-    sizes += [(60, 256, 768), (20, 768, 768), (3, 3072, 768), (22, 3072, 768)]
-    kinds += [(torch.bfloat16, 1.6e-2)]
-generator = torch.Generator(device).manual_seed(3)
+# Sizes that fit a tile, that are smaller than one, and that are neither.
+SIZES = [(2, 40, 24), (1, 65, 130), (3, 16, 16), (1, 200, 96), (1, 64, 128)]
+GPU_SIZES = [(60, 256, 768), (20, 768, 768), (3, 3072, 768), (22, 3072, 768)]
 
 
-def compare(found, expected, tolerance):
+def compare(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     assert found.shape == expected.shape and found.isfinite().all()
     error = (found.double() - expected).abs().max() / expected.abs().max()
     assert error < tolerance, (tuple(found.shape), float(error))
-    for k in range(128, found.shape[1], 128):  # outside of diagonal tiles, of 64 or 128, symmetric to the last bit
+    for k in range(
+        128, found.shape[1], 128
+    ):  # outside of diagonal tiles, of 64 or 128, symmetric to the last bit
         assert torch.equal(found[:, k:, :k], found[:, :k, k:].mT)
 
 
-for dtype, tolerance in kinds:
+def compare_all(device: str, dtype: torch.dtype, tolerance: float, sizes: list[tuple[int, int, int]]) -> None:
+    """Gram matrices of both sides and their polynomials, with each tile size and with the one that is chosen."""
+    generator = torch.Generator(device).manual_seed(3)
     for size in sizes:
         x = torch.randn(*size, device=device, generator=generator).to(dtype)
         for transposed in (False, True):
@@ -47,61 +37,17 @@ for dtype, tolerance in kinds:
                 compare(kernels._launch(gram, False, True, 3.0, -2.0, 0.7, block), expected, tolerance)
             compare(kernels.polynomial(gram, 3.0, -2.0, 0.7), expected, tolerance)
         compare(kernels.gram(x), reference.gram(x.double()), tolerance)
-print("equal")
-"""
-
-COMPILE = """
-import sys
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from modded_nanogpt.kernels.symmetric_matmul import _symmetric_kernel as kernel
-
-for capability, stages, room in ((90, 4, 232_448), (80, 4, 166_912), (89, 3, 101_376)):
-    for transposed, polynomial in ((True, False), (False, True)):
-        fixed = dict(TRANSPOSED=transposed, POLYNOMIAL=polynomial, EVEN=False, BLOCK=128, BLOCK_K=64)
-        signature = dict(x="*bf16", out="*bf16", size="i32", length="i32")
-        signature |= dict(constant="fp32", linear="fp32", quadratic="fp32")
-        places = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
-        source = ASTSource(
-            fn=kernel, signature=signature | {name: "constexpr" for name in fixed}, constexprs=places,
-            attrs={(k,): [["tt.divisibility", 16]] for k in range(4)},
-        )
-        made = compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=8, num_stages=stages))
-        assert made.metadata.shared <= room, (capability, made.metadata.shared)
-        ptx = made.asm["ptx"]
-        assert ".local" not in ptx  # nothing spilled
-        assert ("wgmma" if capability == 90 else "mma.sync") in ptx
-print("compiled")
-"""
 
 
-REPAIR = """
-from tests.modded.kernels.interpreter_kit import repair
-repair()
-"""
-
-
-def test_the_kernel_equals_float64_interpreted(run_python):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    done = run_python("-c", REPAIR + COMPARE, "cpu", env={"TRITON_INTERPRET": "1"})
-    assert done.stdout.endswith("equal\n"), done.stderr[-2000:]
-
-
-def test_the_kernel_compiles_for_gpus_that_are_not_here(run_python, tmp_path):
-    """With tensor-core instructions, within each architecture's shared memory, without spilled registers."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    done = run_python("-c", COMPILE, env={"TRITON_CACHE_DIR": str(tmp_path)})
-    assert done.stdout.endswith("compiled\n"), done.stderr[-2000:]
+def interpreted(everything: bool) -> None:
+    compare_all("cpu", torch.float16, 2e-3, SIZES if everything else SIZES[1:3])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_the_kernel_equals_float64_on_a_gpu(root):
-    done = subprocess.run(
-        [sys.executable, "-c", COMPARE, "cuda"], cwd=root, capture_output=True, text=True, timeout=600
-    )
-    assert done.stdout.endswith("equal\n"), done.stderr[-2000:]
+def test_the_kernel_equals_float64_on_a_gpu():
+    compare_all("cuda", torch.float16, 2e-3, SIZES + GPU_SIZES)
+    compare_all("cuda", torch.bfloat16, 1.6e-2, SIZES + GPU_SIZES)
 
 
 def normalized(shape: tuple[int, ...], margin: float, seed: int = 0) -> torch.Tensor:

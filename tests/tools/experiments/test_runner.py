@@ -294,9 +294,7 @@ def test_the_one_pivot_after_a_stage_b_that_does_not_confirm(clone, tmp_path):
     assert "fades goes on to stage B" in said and "palm_parallel goes on to stage C" in said
     states = {}
     for row in json.loads(kit.engaging(clone, "status", "pivot", "--json").stdout):
-        states.setdefault(row["experiment"].rsplit("_", 2)[0].removeprefix("pivot_"), set()).add(
-            row["state"]
-        )
+        states.setdefault(row["experiment"].rsplit("_", 2)[0].removeprefix("pivot_"), set()).add(row["state"])
     done, skipped = {"finished"}, {"skipped"}
     assert states == {
         "a_base": done, "a_palm": done, "a_fades": done, "b_base": done, "b_palm": done, "b_fades": done,

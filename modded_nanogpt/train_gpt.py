@@ -35,7 +35,6 @@ if typing.TYPE_CHECKING:
 
 PROG = "python -m modded_nanogpt.train_gpt"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
-SMOKE_ON_CPU = {"record": "tiny", "medium": "tiny_medium"}  # the same layers, narrower
 SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory is made; more by all ranks
 
 
@@ -115,7 +114,8 @@ def values_of(argv: list[str], default_preset: str) -> dict[str, object]:
         return values
     recipe = str(values.get("recipe", Config.recipe))
     if values.get("device") == "cpu" or not has_nvidia_driver():
-        recipe = SMOKE_ON_CPU.get(recipe, recipe)
+        small_one = "tiny" if recipe == "record" else f"tiny_{recipe}"  # the same layers, narrower
+        recipe = small_one if small_one in CPU_RECIPES else recipe
     least = len(schedule.STAGES[recipe].stages)  # every stage has a step
     small = {
         "recipe": recipe, "steps": max(least, SMOKE_STEPS - 1), "extension_steps": 1, "eval_tokens": 1024,

@@ -120,8 +120,9 @@ def values_of(argv: list[str], default_preset: str) -> dict[str, object]:
     small = {
         "recipe": recipe, "steps": max(least, SMOKE_STEPS - 1), "extension_steps": 1, "eval_tokens": 1024,
         "eval_slice": 512, "lanes": max(2, world_size_from_environment()), "log_interval": 1, "warmup": False,
-        "compile": "false", "compile_cache": "none", "data_passes": 1000, "wandb_log": False,
+        "compile": "false", "capture": "false", "compile_cache": "none", "data_passes": 1000, "wandb_log": False,
     }  # fmt: skip
+    small |= {"sampled_softmax": False} if recipe in CPU_RECIPES else {}  # of GPT-2's vocabulary only
     return smoke_values(values, argv, small)
 
 
@@ -235,6 +236,8 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
             and not asked_to_stop
             and progress["val_step"] != step
         ):
+            if at_end:
+                state.optimizer.average()  # on the clock, like everything that the result needs
             progress["train_ms"] = clock.stop()
             look_back(everything=True)
             last_ms = progress["train_ms"]

@@ -106,6 +106,11 @@ def build(config: Config, token_set: TokenSet, ranks: Ranks, dtype: torch.dtype,
             raw_model.init_weights(config.seed)
     else:
         _check_shape(checkpoint, shape)
+        if checkpoint.step and not checkpoint.tensors("optimizer"):
+            raise UserError(
+                f"{checkpoint.path}: holds weights without the optimizer's state, so a resume would not be exact; "
+                "delete it to resume from the one before, or start again with --overwrite=true"
+            )
         raw_model.load_state_dict(checkpoint.tensors("model"))
     state = prepare(config, raw_model, ranks, dtype)
     if asks_to_compile(config, ranks.device) and not state.compiled:

@@ -327,6 +327,19 @@ def test_resume_without_a_sound_checkpoint(trainer, tmp_path):
     assert sorted(tiny.losses(tmp_path / "run")) == list(range(20))
 
 
+def test_weights_alone_are_no_checkpoint_to_resume_from(trainer, tmp_path):
+    assert trainer("--max_iters=2").status == 0
+    from nanogpt.common import checkpoints
+
+    path = tmp_path / "run/checkpoints/step_00000002"
+    loaded = checkpoints.load(path)
+    weights = loaded.tensors("model")
+    shutil.rmtree(path)
+    state = {key: value for key, value in loaded.state.items() if key != "step"}
+    checkpoints.save(path.parent, 2, {"model": weights}, state)
+    refused(trainer("--init_from=resume"), str(path), "without the optimizer's state", "--overwrite=true")
+
+
 def test_overwrite_moves_the_old_run_aside(trainer, tmp_path):
     assert trainer("--max_iters=2").status == 0
     before = snapshot(tmp_path / "run")

@@ -169,7 +169,7 @@ def test_a_resume_runs_the_copy_although_the_repository_has_changed(tiny_data, r
         "--init_from=resume", f"--out_dir={tmp_path}/run", "--max_iters=21", "--new_source", cwd=clone
     )
     assert by_hand.returncode == 99, "the edit does change a run that takes it"
-    assert "\n+        raise SystemExit(99)" in (tmp_path / "run/log.txt").read_text()
+    assert "\n+    raise SystemExit(99)" in (tmp_path / "run/log.txt").read_text()
 
 
 def test_a_run_inside_the_trainers_folder_is_not_its_source(tiny_data, tmp_path):

@@ -391,7 +391,7 @@ PINNED = [  # (page, text there, file, text there)
         "nothing here can start that",
     ),
     ("troubleshooting.md", "this job has ... on each node", "slurm/lib/common.sh", "on each node"),
-    ("troubleshooting.md", "no fineweb10B there", "slurm/modded/train_speedrun.sh", "no fineweb10B there"),
+    ("troubleshooting.md", "no fineweb10B there", "slurm/lib/data.sh", "no $set there; prepare it first"),
     ("troubleshooting.md", "stopped by its file 'stop'", "slurm/lib/run.sh", "stopped by its file 'stop'"),
     ("troubleshooting.md", "warns after 60 days", "tools/site/checks_machine.py", "OLD_DAYS = 60"),
     ("troubleshooting.md", "needs root", "tools/practice/packages.py", "needs root"),

@@ -59,6 +59,7 @@ SLURM_FLAGS = {
         "array",
         "cpus-per-task",
         "exclude",
+        "mail-type",
         "format",
         "gres",
         "me",

@@ -146,7 +146,9 @@ class Config:
     fp8_head: bool = knob(True, "... in the head")
     fp8_up: bool = knob(True, "... in the MLPs' up-projections")
     fp8_down: bool = knob(True, "... in the MLPs' down-projections")
-    fp8_backward: bool = knob(False, "... and where the MLPs' gradients are formed (beyond the record)")
+    fp8_backward: bool = knob(
+        False, "... and in the four products of the MLPs' backward pass (beyond record 89)"
+    )
     memory_gib: float = knob(0.0, "GPU memory to do with, as on a smaller GPU; 0: all", low=0.0, high=1e6)
     compile: str = knob("auto", "torch.compile: true, false, or auto (on a GPU only)",
                         choices=("auto", "true", "false"))  # fmt: skip
@@ -271,6 +273,8 @@ def _check_techniques(config: Config) -> None:
         raise UserError("--capture=true: graphs are recorded in the warm-up; leave out --warmup=false")
     if config.fp8 == "on" and not (config.fp8_head or config.fp8_up or config.fp8_down):
         raise UserError("--fp8=on: nothing is left to compute with it; switch on --fp8_head, _up or _down")
+    if config.fp8_backward and not (config.fp8_up and config.fp8_down):
+        raise UserError("--fp8_backward=true: takes what --fp8_up and --fp8_down leave; switch both on")
     if config.key_offset and not config.half_rope:
         raise UserError(
             "--half_rope=false: the key offset needs the unrotated half of each head; add --key_offset=false"

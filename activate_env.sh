@@ -13,6 +13,11 @@ _engaging_activate() {
     # `local` is in every shell that this is for, though not in POSIX.
     # shellcheck disable=SC3043
     local env_path conda_sh strict
+    conda_sh=${CONDA_SH:-}
+    if [ -n "$conda_sh" ] && [ ! -r "$conda_sh" ]; then
+        echo "note: CONDA_SH: $conda_sh: no such file; the environment works without"
+        conda_sh=""
+    fi
     env_path=${ENV_PATH:-$HOME/conda_envs/nanogpt_env}
     env_path=${env_path%/}
     case $env_path in
@@ -41,7 +46,6 @@ _engaging_activate() {
         # shellcheck disable=SC1091
         . "$env_path/bin/activate" || true
     else
-        conda_sh=${CONDA_SH:-}
         if [ -z "$conda_sh" ] && [ -r "$env_path/.conda_sh" ]; then conda_sh=$(cat "$env_path/.conda_sh"); fi
         if [ -r "$conda_sh" ]; then
             # shellcheck disable=SC1090

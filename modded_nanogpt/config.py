@@ -70,7 +70,7 @@ class Config:
     # Optimizers.
     muon_lr: float = knob(0.023, "base learning rate of Muon", low=0.0, high=1e3)
     adam_lr: float = knob(0.008, "base learning rate of Adam", low=0.0, high=1e3)
-    muon_wd: float = knob(1.2, "weight decay of Muon, times the learning rate", low=0.0, high=1e3)
+    muon_wd: float = knob(2.25, "weight decay of Muon, times the learning rate", low=0.0, high=1e3)
     adam_wd: float = knob(0.005, "weight decay of Adam, times the learning rate", low=0.0, high=1e3)
     normuon_beta2: float = knob(0.9, "of NorMuon's second moment", low=0.0, high=0.999999)
     adam_every: int = knob(2, "Adam updates at every so many steps, gradients add up between", low=1, high=16)
@@ -117,11 +117,11 @@ class Config:
     cautious_decay: bool = knob(True, "decay only what the update moves outward")
     mantissa: bool = knob(True, "16 more bits for the bfloat16 weights of Muon")
     qk_pairs: bool = knob(True, "Q and K are orthogonalized by pairs of heads; false: whole")
-    averaging: bool = knob(
-        False, "the run ends with averages of its last quarter's weights (beyond record 89)"
+    averaging: bool = knob(True, "the run ends with averages of its last quarter's weights")
+    two_momenta: bool = knob(
+        True, "Muon with a fast and a slow momentum and six rounds; takes --muon_wd=2.25"
     )
-    two_momenta: bool = knob(False, "Muon with a fast and a slow momentum and six rounds (beyond record 89)")
-    sampled_softmax: bool = knob(False, "most steps score a part of the vocabulary only (beyond record 89)")
+    sampled_softmax: bool = knob(True, "most steps score a part of the vocabulary only")
     canonical: bool = knob(False, "evaluate with impossible next tokens masked (beyond the record)")
     # Evaluation, log, checkpoints.
     eval_interval: int = knob(250, "steps between validations", low=1, high=10**9)
@@ -279,14 +279,15 @@ def _check_techniques(config: Config) -> None:
         raise UserError(
             "--half_rope=false: the key offset needs the unrotated half of each head; add --key_offset=false"
         )
-    if config.sampled_softmax and config.vocab_size:
-        raise UserError(
-            f"--sampled_softmax=true: is made for GPT-2's vocabulary, not --vocab_size={config.vocab_size}"
-        )
     if config.vocab_size == 1:
         raise UserError("--vocab_size=1: nothing is left to predict; 0 means GPT-2's 50,257")
     if config.canonical and config.vocab_size:
         raise UserError(f"--canonical=true: is made for GPT-2's tokens, not --vocab_size={config.vocab_size}")
+    if config.sampled_softmax and config.vocab_size:
+        raise UserError(
+            f"--sampled_softmax=true: is made for GPT-2's vocabulary, not --vocab_size={config.vocab_size}; add "
+            "--sampled_softmax=false"
+        )
 
 
 def _check_steps(config: Config) -> None:

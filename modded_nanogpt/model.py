@@ -243,7 +243,9 @@ class SpeedrunModel(nn.Module):
             if layer.attention:
                 added = self._gated_value(layer, u, values)
                 x = residual[0] * x + post[0] * attention(layer, u, added)
-            elif layer.skip_from is None:
+            elif (
+                layer.skip_from is None
+            ):  # without attention it grows all the same, but not where a skip ends
                 x = residual[0] * x
             if "x0" in layer.inject:
                 x = x + gate["x0", layer.index] * x0
@@ -262,7 +264,6 @@ class SpeedrunModel(nn.Module):
         """[(Q, K and V (H (2 D + V), d), output (d, H V))] by bank slot; a layer's learned factors are multiplied in.
 
         Of narrow heads it is the first rows of each head in the bank; the others have no gradient and no effect.
-
         Queries and keys are normalised, so a factor before the projections matters to V alone. Banks are taken apart
         by `unbind`: the backward pass of indexing would write a whole bank of zeros for every slice.
         """

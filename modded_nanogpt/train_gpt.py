@@ -35,7 +35,9 @@ if typing.TYPE_CHECKING:
 
 PROG = "python -m modded_nanogpt.train_gpt"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
-SMOKE_ON_CPU = {"record": "tiny", "medium": "tiny_medium"}  # the same layers, narrower
+SMOKE_ON_CPU = {  # the same layers, narrower
+    "record": "tiny", "record89": "tiny_record89", "snapshot": "tiny_snapshot", "medium": "tiny_medium",
+}  # fmt: skip
 SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory is made; more by all ranks
 
 

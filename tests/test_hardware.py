@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from nanogpt.common import hardware
+from nanogpt.common import hardware, ranks
 from nanogpt.common.errors import UserError
 from nanogpt.common.machine import has_nvidia_driver, share_cores, usable_cores
 from nanogpt.common.ranks import choose_device
@@ -48,6 +48,23 @@ def test_a_gpu_that_is_not_there_is_refused(wanted):
     assert choose_device("auto", 0) == CPU
     with pytest.raises(UserError, match=f"--device={wanted}: .*--device=cpu"):
         choose_device(wanted, 0)
+
+
+@pytest.mark.parametrize(("cuda", "remedy"), [(None, "bash setup_env.sh --cuda"), ("13.0", "nvidia-smi")])
+def test_a_job_with_gpus_does_not_train_on_the_cpu(monkeypatch, cuda, remedy):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(ranks, "has_nvidia_driver", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert choose_device("auto", 0) == CPU, "no job"
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    with pytest.raises(UserError, match=remedy):
+        choose_device("auto", 0)
+    assert choose_device("cpu", 0) == CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choose_device("auto", 0) == CPU, "somebody hid them"
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ["help", "quickstart", "test", "environment", "lint", "faults"]
+TARGETS = ["help", "quickstart", "test", "environment", "uv", "uvlock", "venv", "lint", "faults"]
 TARGETS += ["ddp-train", "gpu-status", "gpu-hot", "kill-gpu"]
 RECORDER = """#!/bin/sh
 # Stands in for a command: writes down how it was called, and fails when told to.
@@ -32,7 +32,10 @@ def make(tmp_path: Path):
     clone.mkdir()
     shutil.copy(ROOT / "Makefile", clone)
     calls = tmp_path / "calls"
-    for command in (env_path / "bin/python", env_path / "bin/shellcheck", clone / "setup_env.sh"):
+    for folder in (clone / ".venv/bin", tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    programs = [env_path / "bin/python", env_path / "bin/shellcheck", clone / "setup_env.sh"]
+    for command in (*programs, clone / ".venv/bin/python", tmp_path / "bin/uv"):
         command.write_text(RECORDER)
         command.chmod(0o755)
     subprocess.run(["git", "init", "-q", clone], check=True)
@@ -44,6 +47,7 @@ def make(tmp_path: Path):
         full = {
             **clean,
             "ENV_PATH": str(env_path),
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "CALLS": str(calls),
             "PYTHONPATH": "/other",
             **(env or {}),
@@ -85,6 +89,15 @@ def test_default_target_lists_every_target(make):
                 "python -m tests.faults --seed=3",
                 "python -m tests.faults --slurm --seed=3",
                 "python -m pytest -m campaign",
+            ],
+        ),
+        (["uv"], []),
+        (["uvlock", "ARGS=--upgrade"], ["uv lock --upgrade"]),
+        (
+            ["venv", "ARGS=--extra dev"],
+            [
+                "uv sync --locked --extra train --extra tools --extra dev",
+                "python -m tools.environment stamp",
             ],
         ),
         (["gpu-status"], ["python -m tools.gpu status"]),

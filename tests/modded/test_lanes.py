@@ -60,7 +60,14 @@ def gradients(
     }
 
 
-@pytest.fixture(scope="module", params=list(PRESET))
+# The other two differ from these in few lines, which `test_speedrun_model` and `test_model_snapshot` go through.
+PARAMS = [
+    pytest.param(name, marks=() if name in ("tiny", "tiny_medium") else pytest.mark.campaign)
+    for name in PRESET
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def state(request: pytest.FixtureRequest) -> lanes.State:
     torch.set_num_threads(1)
     made = setup.build(small(recipe=request.param), ALONE)

@@ -31,7 +31,7 @@ def test_presets():
 
 def test_the_records_numbers():
     config = Config()
-    assert (config.muon_lr, config.adam_lr, config.muon_wd, config.adam_wd) == (0.023, 0.008, 1.2, 0.005)
+    assert (config.muon_lr, config.adam_lr, config.muon_wd, config.adam_wd) == (0.023, 0.008, 2.25, 0.005)
     assert (config.normuon_beta2, config.cooldown, config.lr_floor, config.adam_every) == (0.9, 0.80, 0.30, 2)
     off = {field.name for field in dataclasses.fields(config) if field.type is bool and not field.default}
     assert off == {

@@ -149,6 +149,9 @@ class Config:
     fp8_backward: bool = knob(
         False, "... and in the four products of the MLPs' backward pass (beyond record 89)"
     )
+    fp8_qkv: bool = knob(
+        False, "... in the three products of the projections to Q, K and V (beyond record 89)"
+    )
     memory_gib: float = knob(0.0, "GPU memory to do with, as on a smaller GPU; 0: all", low=0.0, high=1e6)
     compile: str = knob("auto", "torch.compile: true, false, or auto (on a GPU only)",
                         choices=("auto", "true", "false"))  # fmt: skip
@@ -271,7 +274,7 @@ def _check_device(config: Config) -> None:
 def _check_techniques(config: Config) -> None:
     if config.capture == "true" and not config.warmup:
         raise UserError("--capture=true: graphs are recorded in the warm-up; leave out --warmup=false")
-    if config.fp8 == "force" and not (config.fp8_head or config.fp8_up or config.fp8_down):
+    if config.fp8 == "force" and not (config.fp8_head or config.fp8_up or config.fp8_down or config.fp8_qkv):
         raise UserError("--fp8=force: nothing is left to compute with it; switch on --fp8_head, _up or _down")
     if config.fp8_backward and not (config.fp8_up and config.fp8_down):
         raise UserError("--fp8_backward=true: takes what --fp8_up and --fp8_down leave; switch both on")

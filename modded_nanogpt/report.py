@@ -20,6 +20,8 @@ def describe(config: Config, plan: Plan, state: State, ranks: Ranks) -> list[str
         ("head", state.fp8_head),
         ("up", state.fp8_mlp and config.fp8_up),
         ("down", state.fp8_mlp and config.fp8_down),
+        ("the MLPs' backward pass", state.fp8_mlp and config.fp8_backward),
+        ("Q, K and V", state.model.fp8_qkv),
     ]
     in_fp8 = [name for name, on in parts if on]
     deciding = [field for field in dataclasses.fields(config) if field.name not in FREE]

@@ -79,8 +79,8 @@ TRAINER = Trainer(
 
 def _refuse_missing_gpu(config: Config) -> None:
     none = not has_nvidia_driver()
-    if none and config.fp8 == "on":
-        raise UserError("--fp8=on: this machine has no NVIDIA GPU; use --fp8=auto or --fp8=off")
+    if none and config.fp8 == "force":
+        raise UserError("--fp8=force: this machine has no NVIDIA GPU; use --fp8=auto or --fp8=off")
     if none and (
         config.device.startswith("cuda") or (config.device == "auto" and config.recipe not in CPU_RECIPES)
     ):

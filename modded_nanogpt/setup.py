@@ -186,7 +186,7 @@ def warm_up(
     The rules leave this untimed as long as the run then starts from a state that knows nothing of it. `ahead`: who
     compiles graphs beside this process.
     """
-    model, beginning = state.model, batches.state()
+    beginning = batches.state()
     *lane_graphs, eval_graph = graphs(config, batches, val_batches)
     _randomize(state)
     began = time.perf_counter()

@@ -19,10 +19,11 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 quickstart: ## environment, data, training, a sample, a plot: the main job, end to end
-	@bash setup_env.sh --brief && $(PYTHON) -m tools.quickstart $(ARGS)
+	@bash setup_env.sh --brief && bash slurm/lib/here_or_srun.sh $(PYTHON) -m tools.quickstart $(ARGS)
 
 test: ## environment for developers, everything the tests need, all tests
-	@bash setup_env.sh --dev --brief && $(MAKE) --no-print-directory lint && \
+	@bash slurm/lib/here_or_srun.sh --say "make test" && \
+		bash setup_env.sh --dev --brief && $(MAKE) --no-print-directory lint && \
 		$(PYTHON) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(RERUNS) $(ARGS)
 
 environment: ## the Python environment alone (ARGS=--help says what it takes)
@@ -45,8 +46,8 @@ faults: ## kills savers and trainers at seeded moments, and demands exact resume
 	@bash setup_env.sh --dev --brief && $(PYTHON) -m tests.faults $(ARGS) && $(PYTHON) -m tests.faults --slurm $(ARGS) && \
 		$(PYTHON) -m pytest -m campaign
 
-ddp-train: ## GPT-2 124M on NGPUS=8 GPUs of this machine, without SLURM
-	@$(NEED_ENV) && $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NGPUS) -m nanogpt.train train_gpt2 $(ARGS)
+ddp-train: ## GPT-2 124M, one epoch, on NGPUS=8 GPUs of this machine, without SLURM
+	@$(NEED_ENV) && $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NGPUS) -m nanogpt.train train_gpt2_epoch $(ARGS)
 
 gpu-status: ## what each GPU does, and for whom
 	@$(NEED_ENV) && $(PYTHON) -m tools.gpu status $(ARGS)

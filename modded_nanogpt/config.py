@@ -146,12 +146,17 @@ class Config:
     device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU when there is one")
     attention: str = knob("auto", "implementation of attention; auto: the fastest that is there",
                           choices=("auto", "varlen", "fa3", "triton", "reference"))  # fmt: skip
-    fp8: str = knob("auto", "8-bit matrix products: on (Ada, Hopper or later), off, or where the GPU has them",
-                    choices=("auto", "on", "off"))  # fmt: skip
+    fp8: str = knob("auto", "8-bit matrix products: auto (where the GPU has them: Ada, Hopper, later), force or off",
+                    choices=("auto", "force", "off"))  # fmt: skip
     fp8_head: bool = knob(True, "... in the head")
     fp8_up: bool = knob(True, "... in the MLPs' up-projections")
     fp8_down: bool = knob(True, "... in the MLPs' down-projections")
-    fp8_backward: bool = knob(False, "... and where the MLPs' gradients are formed (beyond the record)")
+    fp8_backward: bool = knob(
+        False, "... and in the four products of the MLPs' backward pass (beyond record 89)"
+    )
+    fp8_qkv: bool = knob(
+        False, "... in the three products of the projections to Q, K and V (beyond record 89)"
+    )
     memory_gib: float = knob(0.0, "GPU memory to do with, as on a smaller GPU; 0: all", low=0.0, high=1e6)
     compile: str = knob("auto", "torch.compile: true, false, or auto (on a GPU only)",
                         choices=("auto", "true", "false"))  # fmt: skip
@@ -257,8 +262,8 @@ def _check_device(config: Config) -> None:
     check_device(config.device)
     if config.device != "cpu":
         return
-    if config.fp8 == "on":
-        raise UserError("--fp8=on: needs a GPU, but --device=cpu; use --fp8=auto or --fp8=off")
+    if config.fp8 == "force":
+        raise UserError("--fp8=force: needs a GPU, but --device=cpu; use --fp8=auto or --fp8=off")
     if config.capture == "true":
         raise UserError(
             "--capture=true: needs a GPU, but --device=cpu; use --capture=auto or --capture=false"
@@ -274,8 +279,10 @@ def _check_device(config: Config) -> None:
 def _check_techniques(config: Config) -> None:
     if config.capture == "true" and not config.warmup:
         raise UserError("--capture=true: graphs are recorded in the warm-up; leave out --warmup=false")
-    if config.fp8 == "on" and not (config.fp8_head or config.fp8_up or config.fp8_down):
-        raise UserError("--fp8=on: nothing is left to compute with it; switch on --fp8_head, _up or _down")
+    if config.fp8 == "force" and not (config.fp8_head or config.fp8_up or config.fp8_down or config.fp8_qkv):
+        raise UserError("--fp8=force: nothing is left to compute with it; switch on --fp8_head, _up or _down")
+    if config.fp8_backward and not (config.fp8_up and config.fp8_down):
+        raise UserError("--fp8_backward=true: takes what --fp8_up and --fp8_down leave; switch both on")
     if config.key_offset and not config.half_rope:
         raise UserError(
             "--half_rope=false: the key offset needs the unrotated half of each head; add --key_offset=false"

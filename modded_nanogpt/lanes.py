@@ -56,11 +56,11 @@ class State:
 
 def lane_residual(
     model: SpeedrunModel, rows: Rows, sign_rows: Tensor | None, cu_seqlens: Tensor, longest: int,
-    short: Tensor, long: Tensor, fp8_mlp: bool,
+    short: Tensor, long: Tensor, fp8: bool,
 ) -> Tensor:  # fmt: skip
     """The last residual of one lane (T, d), which the head reads; the loss is formed from it in `losses`."""
     documents = _documents(cu_seqlens, rows.embed.shape[0], longest)
-    return model(rows, sign_rows, documents, (short, long), fp8_mlp)
+    return model(rows, sign_rows, documents, (short, long), fp8)
 
 
 def lane_losses(
@@ -202,7 +202,7 @@ def train_arguments(state: State, batch: Batch, rows: Rows, step: StepPlan) -> t
     """What `lane_residual` is called with."""
     return (
         state.model, rows, batch.sign_rows, batch.cu_seqlens, batch.max_document,
-        *_windows(step.short_window, step.long_window), state.fp8_mlp,
+        *_windows(step.short_window, step.long_window), state.fp8_mlp or state.model.fp8_qkv,
     )  # fmt: skip
 
 

@@ -80,6 +80,7 @@ class SpeedrunModel(nn.Module):
             signs = torch.empty(size.sign_rows, size.width, dtype=dtype, device=device)
             self.register_buffer("signs", signs, persistent=False)
         self.fp8: Fp8Mlp | None = None  # set by `setup` where the hardware has it
+        self.fp8_qkv = False  # the same
 
     def shared_shapes(self) -> Shapes:
         """Head, embeddings and matrices, which the models of both tracks have."""
@@ -186,8 +187,8 @@ class SpeedrunModel(nn.Module):
     ) -> Tensor:
         """The normalised residual at the end (T, d), which the head reads.
 
-        sign_rows: (T,) int32; windows: short and long, 0-dim int32 tensors on the CPU, in tokens; fp8: whether the MLPs
-        read 8-bit operands (training only).
+        sign_rows: (T,) int32; windows: short and long, 0-dim int32 tensors on the CPU, in tokens; fp8: whether what
+        `setup` has chosen reads 8-bit operands (training only).
         """
         weights, bigram = self._attention_weights(), rows.bigram
         x0 = norm(self._smeared(rows.embed))
@@ -218,6 +219,7 @@ class SpeedrunModel(nn.Module):
                 self.rotary,
                 extras,
                 self.backend.attend,
+                fp8 and self.fp8_qkv,
             )
 
         mlps = self.mlp_bank.view(-1, self.size.mlp_width, self.size.width).unbind(0)  # up and down alternate

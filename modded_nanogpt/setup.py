@@ -74,6 +74,7 @@ def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor
         optimizer = Optimizer(dict(model.named_parameters()), config, ranks, device)
     if low_precision.mlp and (config.fp8_up or config.fp8_down):
         model.fp8 = Fp8Mlp(model.mlp_bank, config.fp8_up, config.fp8_down, config.fp8_backward)
+    model.fp8_qkv = low_precision.head and config.fp8_qkv
     compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
     train_graph, eval_graph = lane_residual, lane_losses
     if compiled:

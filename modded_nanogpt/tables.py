@@ -47,8 +47,7 @@ def add_gradients(
         add_rows_(_gradient(model.embed2), gradients.second, batch.token_runs)
     if gradients.value is not None:
         tables = _gradient(model.value_embeds).view(model.size.value_tables, model.size.padded_vocab, -1)
-        for table, part in zip(tables, gradients.value, strict=True):
-            add_rows_(table, part, batch.token_runs)
+        add_rows_(tables, gradients.value.contiguous(), batch.token_runs)
     if gradients.bigram is not None:
         add_rows_(_gradient(model.bigram), gradients.bigram, batch.bigram_runs)
 

@@ -79,8 +79,8 @@ TRAINER = Trainer(
 
 def _refuse_missing_gpu(config: Config) -> None:
     none = not has_nvidia_driver()
-    if none and config.fp8 == "on":
-        raise UserError("--fp8=on: this machine has no NVIDIA GPU; use --fp8=auto or --fp8=off")
+    if none and config.fp8 == "force":
+        raise UserError("--fp8=force: this machine has no NVIDIA GPU; use --fp8=auto or --fp8=off")
     if none and (
         config.device.startswith("cuda") or (config.device == "auto" and config.recipe not in CPU_RECIPES)
     ):
@@ -157,7 +157,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
     from modded_nanogpt import lanes, precompile, report, rules, setup
     from modded_nanogpt.batches import TrainBatches, ValBatches
     from modded_nanogpt.clock import Clock, Messages
-    from nanogpt.common import hardware, training
+    from nanogpt.common import hardware, tracking, training
     from nanogpt.common.stop import StopRequest
 
     stop = StopRequest(run.folder / "stop" if ranks.is_main else None)
@@ -177,7 +177,6 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
             caches.keep(setup.graphs_key(config, graphs))
     setup.start_or_resume(config, state, run, ranks, batches)
     flops, peak = report.flops_per_token(config), hardware.peak_flops(device)
-    wandb = training.start_wandb(config, run) if ranks.is_main else None
     progress, clock, messages = state.progress, Clock(ranks, state.progress["train_ms"]), Messages(ranks)
     run.record(
         "resume" if state.resumed else "start",
@@ -212,15 +211,13 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
             asked_to_stop, save_due = asked_to_stop or wants_stop > 0, save_due or wants_save > 0
             ms, last_ms = about["train_ms"] - last_ms, about["train_ms"]
             speed = 1e3 * about["tokens"] / max(ms, 1e-6)
-            mfu = speed * flops / (peak * ranks.world_size) if peak else None
+            mfu = hardware.utilisation(speed * flops, peak, ranks.world_size)
             if step % config.log_interval == 0 or step + 1 == plan.total_steps:
                 run.record(
                     "train", step=step, loss=mean / about["weights"], lr=about["lr"], ms=round(ms, 3),
                     train_ms=round(about["train_ms"], 3), tokens_per_s=round(speed), mfu=mfu,
                     memory_gib=hardware.memory_gib(device), tokens=about["total"],
                 )  # fmt: skip
-                if wandb:
-                    wandb.log({"loss": mean / about["weights"], "tokens_per_s": speed}, step=step)
                 run.say(
                     report.step_line(plan, step, mean / about["weights"], about["train_ms"], ms, speed, mfu)
                 )
@@ -257,8 +254,6 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
             run.say(
                 f"step {step}/{plan.total_steps}: val loss {val_loss:.4f}{beside}, {progress['train_ms'] / 1e3:.2f} s"
             )
-            if wandb:
-                wandb.log({"val_loss": val_loss}, step=step)
             if not at_end:
                 clock.start()
         # Between Adam's updates gradients are waiting, which several ranks would round in saving: not there.
@@ -311,8 +306,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
         eligible=at_end and not against, ineligible=against, val_tokens=val_batches.num_tokens,
         world_size=ranks.world_size,
     )  # fmt: skip
-    if wandb:
-        wandb.finish()
+    tracking.finish(at_end)
     ranks.wait()  # for rank 0 to have saved: when one rank leaves with 75, torchrun ends the others
     stop.done()
     return 0 if at_end else EXIT_INTERRUPTED

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nanogpt.batches import ValBatches
 from nanogpt.common import checkpoints, compiler
 from nanogpt.common.errors import NonFiniteError, UserError
-from nanogpt.common.hardware import memory_gib
+from nanogpt.common.hardware import memory_gib, utilisation_words
 from nanogpt.common.ranks import Ranks
 from nanogpt.common.rundir import RunDir
 from nanogpt.common.shards import TokenSet
@@ -250,7 +250,7 @@ def step_line(
     memory = memory_gib(device)
     return (
         f"step {step}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {1e3 * seconds:.1f} ms, "
-        f"{speed:,.0f} tokens/s, MFU {'unknown' if mfu is None else f'{100 * mfu:.1f} %'}"
+        f"{speed:,.0f} tokens/s, MFU {utilisation_words(mfu)}"
         + (f", {memory:.1f} GiB" if memory is not None else "")
         + f", ETA {left}"
     )

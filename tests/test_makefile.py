@@ -40,6 +40,7 @@ def make(tmp_path: Path):
         command.chmod(0o755)
     subprocess.run(["git", "init", "-q", clone], check=True)
     subprocess.run(["git", "-C", clone, "add", "."], check=True)
+    shutil.copytree(ROOT / "slurm", clone / "slurm")  # a login node is told from another machine by it
 
     def run(*words: str, env: dict[str, str] | None = None) -> tuple[subprocess.CompletedProcess, list]:
         calls.write_text("")
@@ -108,7 +109,7 @@ def test_default_target_lists_every_target(make):
             ["ddp-train", "NGPUS=4", "ARGS=--max_iters=9"],
             [
                 "python -m torch.distributed.run --standalone --nproc_per_node=4"
-                " -m nanogpt.train train_gpt2 --max_iters=9"
+                " -m nanogpt.train train_gpt2_epoch --max_iters=9"
             ],
         ),
         (

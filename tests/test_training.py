@@ -269,57 +269,6 @@ def test_the_end_of_a_pipe_is_not_the_end_of_a_run(tiny_data, tmp_path):
     assert "finished at step 20" in (tmp_path / "run/log.txt").read_text()
 
 
-# ---- Weights & Biases, with the real package
-
-
-def test_wandb_offline(tiny_data, tmp_path):
-    """A run directory is left, and nothing goes out: the only network there is here has no route."""
-    argv = [
-        *tiny.FLAGS,
-        f"--data_root={tiny_data}",
-        f"--out_dir={tmp_path}/run",
-        "--wandb_log=true",
-        "--max_iters=3",
-    ]
-    environment = {
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-        "HOME": str(tmp_path),
-        "WANDB_API_KEY": "",
-    }
-    pytest.importorskip("wandb")
-    done = command(*argv, **environment)
-    assert done.returncode == 0, done.stderr
-    folders = list((tmp_path / "run/wandb").glob("offline-run*"))
-    assert len(folders) == 1
-    records = list(folders[0].glob("*.wandb"))
-    assert records[0].stat().st_size > 500
-    run_id = json.loads((tmp_path / "run/config.json").read_text())["run_id"]
-    assert run_id in records[0].name
-
-
-def test_wandb_without_a_login_is_one_line(tiny_data, tmp_path):
-    pytest.importorskip("wandb")
-    argv = [
-        *tiny.FLAGS,
-        f"--data_root={tiny_data}",
-        f"--out_dir={tmp_path}/run",
-        "--wandb_log=true",
-        "--max_iters=3",
-    ]
-    environment = {"WANDB_MODE": "online", "WANDB_SILENT": "true", "HOME": str(tmp_path), "WANDB_API_KEY": "",
-                   "NETRC": str(tmp_path / "netrc")}  # fmt: skip
-    done = command(*argv, **environment)
-    assert done.returncode == 2, done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: --wandb_log=true: ")]
-    assert "Traceback" not in done.stderr
-    assert "WANDB_MODE=offline" in done.stderr
-
-
-def test_wandb_is_off_by_default(real_run):
-    assert not (real_run / "wandb").exists()
-
-
 def test_a_presets_out_dir_is_in_the_repository_wherever_it_is_started_from(monkeypatch, tmp_path, root):
     from nanogpt import train
 

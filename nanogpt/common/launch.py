@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from nanogpt.common import checkpoint_names, lease, rundir, source
+from nanogpt.common import checkpoint_names, lease, rundir, source, tracking
 from nanogpt.common.errors import CommandError, UserError
 from nanogpt.common.flags import flag_given
 
@@ -75,6 +75,8 @@ def open_run(trainer: Trainer, explicit: dict[str, object], argv: list[str]) -> 
         if os.environ.get("RANK", "0") == "0":
             with rundir.one_at_a_time(folder):
                 opened = _open(trainer, config, explicit, folder, argv)
+            if opened and _stored(folder)["config"].get("wandb_log"):
+                tracking.start(folder, trainer.root)
             return folder if opened else None
         if config.check or _says_finished(trainer, config, explicit, folder):
             return None
@@ -84,6 +86,8 @@ def open_run(trainer: Trainer, explicit: dict[str, object], argv: list[str]) -> 
 
 def _open(trainer: Trainer, config: object, explicit: dict, folder: Path, argv: list[str]) -> bool:
     """Rank 0's part of `open_run`; False when nothing is to be trained."""
+    if getattr(config, "wandb_log", False):
+        tracking.mode()  # a setting that W&B does not know is refused before anything is written
     if not _goes_on(config, folder):
         return _begin(trainer, config, folder, argv)
     if not rundir.holds_run(folder):

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt.common.errors import UserError
+from nanogpt.common.file_tokens import NOT_MAPPED, FileTokens
 from nanogpt.common.flags import nearest
 from nanogpt.common.manifest import (
     HEADER_BYTES,
@@ -81,13 +82,18 @@ class Shard:
     offset_bytes: int  # HEADER_BYTES, or 0 for nanoGPT's raw files
     sha256: str | None = None
 
-    def tokens(self) -> np.memmap:
-        """The tokens as a read-only uint16 map [num_tokens]; UserError when the file has gone or shrunk."""
+    def tokens(self) -> np.memmap | FileTokens:
+        """The tokens as a read-only uint16 map [num_tokens]; UserError when the file has gone or shrunk.
+
+        Where the file system refuses to map files, they are read as they are asked for, and a note says so.
+        """
         try:
             return np.memmap(
                 self.path, dtype="<u2", mode="r", offset=self.offset_bytes, shape=(self.num_tokens,)
             )
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in NOT_MAPPED:
+                return FileTokens(self.path, self.offset_bytes, self.num_tokens)
             raise UserError(f"{self.path}: changed or went away while in use ({error}); {REMAKE}") from None
 
     @property

@@ -1,5 +1,6 @@
 """Good token sets are read; every damaged one is refused in one line that names the file and the remedy."""
 
+import errno
 import json
 import os
 import pickle
@@ -412,6 +413,35 @@ def test_shard_that_vanishes_or_shrinks_under_us(tmp_path: Path) -> None:
     (folder / TRAIN1).unlink()
     with pytest.raises(UserError, match=TRAIN1):
         found.shards_train[0].tokens()
+
+
+def test_a_file_system_without_mmap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """ENODEV is what some network and FUSE mounts say: tokens are read as they are needed, and a note says so once."""
+    import torch
+
+    from nanogpt.batches import TrainBatches
+
+    found = open_token_set(str(make_set(tmp_path)), tmp_path)
+    place = {"rank": 0, "world_size": 1, "seed": 1, "device": torch.device("cpu")}
+
+    def batch() -> tuple:
+        return TrainBatches(found, block_size=8, batch_size=40, micro_steps=3, **place).get(1, 2)
+
+    mapped, expected = np.array(found.shards[0].tokens()), batch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    tokens = found.shards[0].tokens()
+    assert len(tokens) == 600 and tokens.dtype == np.uint16
+    assert np.array_equal(np.asarray(tokens), mapped) and np.array_equal(tokens[590:700], mapped[590:])
+    assert tokens[7] == mapped[7] and tokens[-1] == mapped[-1] and len(tokens[9:3]) == 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch(), expected, strict=True))
+    assert capsys.readouterr().err.count("does not map files") == 1
+    found.shards[0].path.write_bytes(b"short")
+    with pytest.raises(EOFError):
+        tokens[100:200]
 
 
 def test_any_header_is_judged_without_a_crash(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ SLURM_FLAGS = {
         "array",
         "cpus-per-task",
         "exclude",
+        "mail-type",
         "format",
         "gres",
         "me",
@@ -155,7 +156,7 @@ def test_the_commands_for_gpus_fit_their_presets() -> None:
     seen = 0
     for command in all_commands():
         if command.startswith("make ddp-train"):
-            ranks, rest = int(command.partition("NGPUS=")[2]), ["train_gpt2"]
+            ranks, rest = int(command.partition("NGPUS=")[2]), ["train_gpt2_epoch"]
         elif "torchrun" in command:
             words = shlex.split(command.removeprefix("cd nanogpt && "))
             numbers = {name: value for name, _, value in (word.partition("=") for word in words)}
@@ -219,7 +220,7 @@ INVENTED = {"nanogpt/config/mine.py"}  # the reader makes it
 
 def known_flags() -> set[str]:
     """Every flag that a command of this repository takes."""
-    classes = (Config, nanogpt.sample.Config, nanogpt.bench.Config, modded_nanogpt.config.Config)
+    classes = (Config, nanogpt.sample.Config, nanogpt.bench.Bench, modded_nanogpt.config.Config)
     flags = {field.name for cls in classes for field in dataclasses.fields(cls)}
     sources = [
         *(ROOT / "tools").rglob("*.py"),
@@ -397,7 +398,7 @@ PINNED = [  # (page, text there, file, text there)
         "nothing here can start that",
     ),
     ("troubleshooting.md", "this job has ... on each node", "slurm/lib/common.sh", "on each node"),
-    ("troubleshooting.md", "no fineweb10B there", "slurm/modded/train_speedrun.sh", "no fineweb10B there"),
+    ("troubleshooting.md", "no fineweb10B there", "slurm/lib/data.sh", "no $set there; prepare it first"),
     ("troubleshooting.md", "stopped by its file 'stop'", "slurm/lib/run.sh", "stopped by its file 'stop'"),
     ("troubleshooting.md", "warns after 60 days", "tools/site/checks_machine.py", "OLD_DAYS = 60"),
     ("troubleshooting.md", "needs root", "tools/practice/packages.py", "needs root"),

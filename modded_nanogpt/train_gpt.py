@@ -35,9 +35,6 @@ if typing.TYPE_CHECKING:
 
 PROG = "python -m modded_nanogpt.train_gpt"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
-SMOKE_ON_CPU = {  # the same layers, narrower
-    "record": "tiny", "record89": "tiny_record89", "snapshot": "tiny_snapshot", "medium": "tiny_medium",
-}  # fmt: skip
 SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory is made; more by all ranks
 
 
@@ -76,6 +73,7 @@ TRAINER = Trainer(
     "modded_nanogpt/train_gpt.py",
     FREE,
     inspect,
+    steps=schedule.total_steps,
 )
 
 
@@ -116,13 +114,15 @@ def values_of(argv: list[str], default_preset: str) -> dict[str, object]:
         return values
     recipe = str(values.get("recipe", Config.recipe))
     if values.get("device") == "cpu" or not has_nvidia_driver():
-        recipe = SMOKE_ON_CPU.get(recipe, recipe)
+        small_one = "tiny" if recipe == "record" else f"tiny_{recipe}"  # the same layers, narrower
+        recipe = small_one if small_one in CPU_RECIPES else recipe
     least = len(schedule.STAGES[recipe].stages)  # every stage has a step
     small = {
         "recipe": recipe, "steps": max(least, SMOKE_STEPS - 1), "extension_steps": 1, "eval_tokens": 1024,
         "eval_slice": 512, "lanes": max(2, world_size_from_environment()), "log_interval": 1, "warmup": False,
-        "compile": "false", "compile_cache": "none", "data_passes": 1000, "wandb_log": False,
+        "compile": "false", "capture": "false", "compile_cache": "none", "data_passes": 1000, "wandb_log": False,
     }  # fmt: skip
+    small |= {"sampled_softmax": False} if recipe in CPU_RECIPES else {}  # of GPT-2's vocabulary only
     return smoke_values(values, argv, small)
 
 

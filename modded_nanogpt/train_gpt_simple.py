@@ -291,7 +291,7 @@ def main(argv: list[str]) -> int:
         if status:
             break
         folder = open_run(simple_launch.trainer([values]), values, argv)
-        status = go_on(folder, ranks, stop)
+        status = go_on(folder, ranks, stop) if folder else 0  # None: it has been finished meanwhile
     ranks.wait()  # for rank 0 to have saved: when one rank leaves with 75, torchrun ends the others
     stop.done()
     ranks_module.leave(status)

@@ -70,8 +70,9 @@ def inspect(config: Config) -> tuple[Config, dict]:
 
 
 TRAINER = Trainer(
-    Config, Path(__file__).resolve().parents[1], ("nanogpt",), "nanogpt/train.py", FREE, inspect
-)
+    Config, Path(__file__).resolve().parents[1], ("nanogpt",), "nanogpt/train.py", FREE, inspect,
+    steps=lambda config: config.max_iters,
+)  # fmt: skip
 
 
 def _refuse_missing_gpu(config: Config) -> None:
@@ -223,7 +224,13 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
         at_end = (step >= config.max_iters or config.eval_only) and not asked_to_stop
         val_due = (at_end or (step % config.eval_interval == 0 and not config.smoke)) and not asked_to_stop
         if val_due and (progress["val_step"] != step or config.eval_only):
-            val_loss = setup.evaluate(state.model, val_batches, ranks)
+            try:
+                val_loss = setup.evaluate(state.model, val_batches, ranks)
+            except Exception:  # out of memory, say: what was trained is not to be lost with it
+                if saved_step != step and step > 0 and not config.eval_only:
+                    save()
+                    run.say(f"step {step}: the validation broke; the checkpoint of this step is saved")
+                raise
             if not math.isfinite(val_loss):
                 ranks.fail(_non_finite(run, step, f"validation loss {val_loss}", saved_step))
             improved = val_loss < progress["best_val"]

@@ -165,8 +165,11 @@ def test_a_resume_runs_the_copy_although_the_repository_has_changed(tiny_data, r
     assert second.returncode == 0, second.stderr
     assert tiny.losses(tmp_path / "run") == tiny.losses(real_run)
     assert tiny.final_weights(tmp_path / "run") == tiny.final_weights(real_run)
-    fresh = command(*argv, f"--out_dir={tmp_path}/fresh", cwd=clone)
-    assert fresh.returncode == 99, "the edit does change a fresh run"
+    by_hand = command(
+        "--init_from=resume", f"--out_dir={tmp_path}/run", "--max_iters=21", "--new_source", cwd=clone
+    )
+    assert by_hand.returncode == 99, "the edit does change a run that takes it"
+    assert "\n+    raise SystemExit(99)" in (tmp_path / "run/log.txt").read_text()
 
 
 def test_a_run_inside_the_trainers_folder_is_not_its_source(tiny_data, tmp_path):
@@ -177,6 +180,13 @@ def test_a_run_inside_the_trainers_folder_is_not_its_source(tiny_data, tmp_path)
     shutil.copytree(clone / "nanogpt", clone / "nanogpt/out/run/source/nanogpt")
     (clone / "nanogpt/out/run/log.txt").write_text("")
     assert source.collect(clone, ("nanogpt",)) == expected
+
+
+def test_without_a_compiler_it_says_so_once_and_trains(trainer, tmp_path):
+    done = trainer("--compile=true", "--max_iters=2", env={"CXX": "no-such-compiler"})
+    assert done.status == 0, done.stderr
+    assert done.stdout.count("no C++ compiler (no-such-compiler; CXX names another)") == 1
+    assert "compiled: false" in done.stdout
 
 
 def test_check_prints_the_plan_and_makes_nothing(trainer, tmp_path):

@@ -59,6 +59,11 @@ __all__ = [
 ]
 
 MAGIC = 20240520
+LOOKS_LIKE = {  # what lies in a shard's place when a download or a checkout went wrong, by its first bytes
+    b"version https://git-lfs": "a pointer of git-lfs, which stands for the file (git lfs pull fetches it)",
+    b"<!doctype": "a web page, such as a log-in form",
+    b"<html": "a web page, such as a log-in form",
+}
 VERSION = 1
 GPT2_VOCAB = 50257
 GPT2_EOT = 50256
@@ -225,6 +230,9 @@ def read_header(path: Path) -> int:
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; {REMAKE}") from None
+    for beginning, what in LOOKS_LIKE.items():
+        if head.lstrip()[: len(beginning)].lower() == beginning:
+            raise UserError(f"{path}: not a token shard but {what}; {REMAKE}")
     if len(head) < HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes, shorter than a shard's header of {HEADER_BYTES}; {REMAKE}")
     magic, version, count = (int(number) for number in np.frombuffer(head, "<i4")[:3])

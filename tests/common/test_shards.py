@@ -155,7 +155,14 @@ MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "longer by a token": (edit_bytes(TRAIN1, lambda d: d + b"ab"), TRAIN1),
     "longer by a byte": (edit_bytes(TRAIN1, lambda d: d + b"a"), TRAIN1),
     "twice": (edit_bytes(TRAIN1, lambda d: d + d), TRAIN1),
-    "an HTML page": (edit_bytes(TRAIN1, lambda d: b"<html>" + b" " * 2000), TRAIN1),
+    "an HTML page": (
+        edit_bytes(TRAIN1, lambda d: b"\n<HTML>" + b" " * 2000),
+        "not a token shard but a web page",
+    ),
+    "a pointer": (
+        edit_bytes(TRAIN1, lambda d: b"version https://git-lfs.github.com/spec/v1\n"),
+        "git lfs pull",
+    ),
     "flipped bit, first token": (flip(HEADER_BYTES), TRAIN1),
     "flipped bit, last byte": (flip(HEADER_BYTES + 1199), TRAIN1),
     "flipped bit in val": (flip(HEADER_BYTES + 50, VAL), VAL),

@@ -31,7 +31,10 @@ from nanogpt.common.flags import parse
 from nanogpt.config import PRESETS, Config, resolve
 from tools.cli import COMMANDS
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "AGENTS.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 RUN_PAGES = ("README.md", "guide-1-baseline.md", "hacking.md", "run-directory.md", "performance.md")
 OWN_TESTS = ("guide-3-experiments.md",)  # tests/docs/test_guide_3.py runs its commands
 NOT_RUN = {
@@ -88,6 +91,9 @@ def made_small(command: str, clone: Path) -> tuple[list[str], Path]:
         words[0] = str(clone / "tools/bin/engaging")
     kind = next((kind for kind in APPENDED if f"nanogpt.{kind}" in words or f"{kind}.py" in words), "")
     words += APPENDED.get(kind, ())
+    words += (
+        ["--max_iters=8"] if "--init_from=resume" in words else []
+    )  # to go on with a run that is finished
     if words[0] == "python":
         words[0] = sys.executable
     return words, clone / "nanogpt" if inside else clone

@@ -107,7 +107,7 @@ def follow(shell: Shell, line: str) -> None:
         assert shell.cluster.job(job)["Reason"] in ("QOSMaxGRESPerUser", "QOSMaxCpuPerUserLimit")
         assert "your own limit" in shell.type("engaging why JOBID").stdout
         said = shell.type("engaging doctor", check=False).stdout
-        assert f"job {job} can never start: 64 CPUs in mit_normal_gpu: its limit" in said, said
+        assert f"job {job} can never start: 8 GPUs in mit_normal_gpu: its limit" in said, said
     elif what == "prints sbatch":
         before = shell.last
         assert shell.type(line).stdout.splitlines()[-1].startswith("sbatch --partition=mit_")

@@ -46,8 +46,8 @@ faults: ## kills savers and trainers at seeded moments, and demands exact resume
 	@bash setup_env.sh --dev --brief && $(PYTHON) -m tests.faults $(ARGS) && $(PYTHON) -m tests.faults --slurm $(ARGS) && \
 		$(PYTHON) -m pytest -m campaign
 
-ddp-train: ## GPT-2 124M on NGPUS=8 GPUs of this machine, without SLURM
-	@$(NEED_ENV) && $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NGPUS) -m nanogpt.train train_gpt2 $(ARGS)
+ddp-train: ## GPT-2 124M, one epoch, on NGPUS=8 GPUs of this machine, without SLURM
+	@$(NEED_ENV) && $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NGPUS) -m nanogpt.train train_gpt2_epoch $(ARGS)
 
 gpu-status: ## what each GPU does, and for whom
 	@$(NEED_ENV) && $(PYTHON) -m tools.gpu status $(ARGS)

@@ -17,12 +17,13 @@ from nanogpt.common.machine import check_device, refuse_unknown_home
 PRESETS = Path(__file__).resolve().parent / "presets"
 WORLD_SIZES = (1, 2, 4, 8)
 LANES = 8  # as many as the record has GPUs
-CHANGED_WORDS = {"code", "config", "data", "torch"}
+CHANGED_WORDS = {"config", "data", "torch"}
 
 # What a resumed run may change: nothing that decides what is computed (how exactly it is rounded may differ).
 FREE = frozenset(
     [
-        "out_dir", "data_root", "init_from", "auto_resume", "overwrite", "accept_changed", "check",
+        "out_dir", "data_root", "init_from", "auto_resume", "overwrite", "accept_changed", "new_source",
+        "check",
         "eval_interval", "eval_tokens", "eval_slice", "target_loss", "save_interval", "save_minutes",
         "keep_checkpoints", "log_interval", "wandb_log", "wandb_project", "wandb_run_name",
         "device", "attention", "compile", "backend", "deterministic", "num_threads", "warmup", "memory_gib",
@@ -46,7 +47,11 @@ class Config:
     overwrite: bool = knob(
         False, "start afresh although out_dir holds a run; the old run is moved to out_dir.N"
     )
-    accept_changed: str = knob("", "resume although these changed: any of code,config,data,torch")
+    accept_changed: str = knob("", "resume although these changed: any of config,data,torch")
+    new_source: bool = knob(
+        False,
+        "resume from source that was edited since: it takes the place of the run's copy, and the log says so",
+    )
     check: bool = knob(False, "check everything that needs no GPU, print the plan and stop")
     smoke: bool = knob(
         False,
@@ -171,7 +176,7 @@ class Config:
                     f"--overwrite=true with --{flag}: one starts afresh, the other goes on; keep one"
                 )
         if {word for word in self.accept_changed.split(",") if word} - CHANGED_WORDS:
-            raise UserError(f"--accept_changed={self.accept_changed}: expected any of code,config,data,torch")
+            raise UserError(f"--accept_changed={self.accept_changed}: expected any of config,data,torch")
         if not self.out_dir.strip():
             raise UserError("--out_dir=: the run needs a directory, for example --out_dir=out/my-run")
         _check_paths(self)

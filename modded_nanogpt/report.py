@@ -57,7 +57,7 @@ def step_line(
     left = datetime.timedelta(seconds=round((plan.total_steps - step - 1) * ms / 1e3))
     return (
         f"step {step}/{plan.total_steps}: loss {loss:.4f}, {train_ms / 1e3:.2f} s, {ms:.1f} ms, "
-        f"{speed:,.0f} tokens/s, MFU {'unknown' if mfu is None else f'{100 * mfu:.1f} %'}, ETA {left}"
+        f"{speed:,.0f} tokens/s, MFU {hardware.utilisation_words(mfu)}, ETA {left}"
     )
 
 

@@ -27,8 +27,17 @@ def test_the_peak_of_gpus_that_a_cluster_has(name, tflops):
     assert hardware.peak_flops_of(name) == tflops * 1e12
 
 
+def test_more_than_the_peak_is_a_wrong_peak_and_no_speed():
+    peak = hardware.peak_flops_of("NVIDIA H200")
+    assert hardware.utilisation(989e12, peak, 2) == 0.5
+    assert hardware.utilisation_words(0.5) == "50.0 %"
+    assert hardware.utilisation(989e12, None, 1) is None and hardware.utilisation_words(None) == "unknown"
+    assert hardware.utilisation(1.04 * 989e12, peak, 1) == float("inf")
+    assert "104" not in (words := hardware.utilisation_words(float("inf"))) and "peaks.py is wrong" in words
+
+
 @pytest.mark.parametrize(
-    "name", ["Tesla V100-SXM2-32GB", "Quadro RTX 6000", "AMD Instinct MI300X", "", "NVIDIA L400"]
+    "name", ["Foo 1", "Tesla V100-SXM2-32GB", "Quadro RTX 6000", "AMD Instinct MI300X", "", "NVIDIA L400"]
 )
 def test_an_unknown_gpu_has_no_peak_rather_than_a_wrong_one(name):
     assert hardware.peak_flops_of(name) is None

@@ -109,7 +109,7 @@ def test_default_target_lists_every_target(make):
             ["ddp-train", "NGPUS=4", "ARGS=--max_iters=9"],
             [
                 "python -m torch.distributed.run --standalone --nproc_per_node=4"
-                " -m nanogpt.train train_gpt2 --max_iters=9"
+                " -m nanogpt.train train_gpt2_epoch --max_iters=9"
             ],
         ),
         (

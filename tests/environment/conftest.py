@@ -72,7 +72,7 @@ def nobodys_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 def clone(tmp_path: Path) -> Path:
     """A copy of what set-up needs of the repository, in a folder with a space."""
     folder = tmp_path / "the clone"
-    for name in ("nanogpt/common", "tools"):
+    for name in ("nanogpt/common", "tools", "tools/site"):
         for path in (ROOT / name).glob("*.py"):
             target = folder / name / path.name
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def test_the_records_numbers():
     off = {field.name for field in dataclasses.fields(config) if field.type is bool and not field.default}
     assert off == {
         "auto_resume", "overwrite", "check", "attention_at_6", "dc", "canonical", "wandb_log", "deterministic",
-        "fp8_backward", "smoke",
+        "fp8_backward", "smoke", "new_source",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(config)} >= FREE
 
@@ -82,7 +82,7 @@ BAD = {
     "--vocab_size=512 --canonical=true": "made for GPT-2's tokens",
     "--auto_resume=true --overwrite=true": "keep one",
     "--init_from=resume --overwrite=true": "keep one",
-    "--accept_changed=weather": "expected any of code,config,data,torch",
+    "--accept_changed=weather": "expected any of config,data,torch",
     "--out_dir= ": "needs a directory",
     "--out_dir=~nobody-here/x": "there is no such user",
     "--recipe=medium": "has no place for it",

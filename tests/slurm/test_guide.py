@@ -107,7 +107,7 @@ def follow(shell: Shell, line: str) -> None:
         assert shell.cluster.job(job)["Reason"] in ("QOSMaxGRESPerUser", "QOSMaxCpuPerUserLimit")
         assert "your own limit" in shell.type("engaging why JOBID").stdout
         said = shell.type("engaging doctor", check=False).stdout
-        assert f"job {job} can never start: 64 CPUs in mit_normal_gpu: its limit" in said, said
+        assert f"job {job} can never start: 8 GPUs in mit_normal_gpu: its limit" in said, said
     elif what == "needs the function":
         assert REFUSED in shell.type(line, check=False).stderr  # and with it: below
     elif what == "prints sbatch":

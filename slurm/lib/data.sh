@@ -53,7 +53,11 @@ last_attempt() { # SCRIPT: how the newest job that ran it ended, to be appended 
     local name row
     in_job || return 0
     name=$(header_value "$ROOT/$1" job-name)
-    row=$(timeout 5 sacct -X -n -P -S now-7days --name="$name" -o JobID,State 2>/dev/null | tail -n 1) || row=""
+    # The controller knows what has just ended; the accounting hears of it later, and keeps it longer.
+    row=$(squeue --me -h --states=all --name="$name" --sort=-i -o '%A|%T' 2>/dev/null | head -n 1) || row=""
+    if [ -z "$row" ]; then
+        row=$(timeout 5 sacct -X -n -P -S now-7days --name="$name" -o JobID,State 2>/dev/null | tail -n 1) || row=""
+    fi
     if [ -n "$row" ]; then printf ' (job %s did: %s, its log: logs/%s-%s.out)' "${row%%|*}" "${row#*|}" "$name" "${row%%|*}"; fi
 }
 

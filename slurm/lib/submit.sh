@@ -151,13 +151,10 @@ submit_unless_in_job() { # SCRIPT [WORDS...]: outside a job this submits and end
     if [ -n "$gpus" ]; then fit_node_share "$place"; fi
     planned=("${options[@]}" ${typed[@]+"${typed[@]}"})
     if [ -n "${first:-}" ]; then
-        (
-            unset GPU_TYPE NUM_GPUS NODES PARTITION TIME # they are about the job that waits for this one
-            plan_job "$ROOT/$first"
-            submit "$ROOT/$first"
-        ) || exit
-        behind=$(preparing "$first")
-        behind=${behind:-JOB_OF_THE_LINE_ABOVE}
+        unset GPU_TYPE NUM_GPUS NODES PARTITION TIME # they are about the job that waits for this one
+        plan_job "$ROOT/$first"
+        submit "$ROOT/$first"
+        behind=${job:-JOB_OF_THE_LINE_ABOVE}
     fi
     if [ -n "${behind:-}" ] && [ -z "$(said dependency)" ]; then planned+=("--dependency=afterany:$behind"); fi
     options=("${planned[@]}")

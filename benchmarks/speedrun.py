@@ -2,7 +2,9 @@
 
     python benchmarks/speedrun.py --dataset=/path/of/tokens --seeds=3            # on one GPU; prints the table
     python benchmarks/speedrun.py --dataset=/path/of/tokens --gpus=8             # the same lanes on more of them
-    python benchmarks/speedrun.py --dataset=/path/of/tokens --flags="--dc=false" # what leaving one out costs
+    python benchmarks/speedrun.py --dataset=/path/of/tokens --steps=150          # cheaper steps, and more
+    python benchmarks/speedrun.py --dataset=/path/of/tokens --flags=record89     # another preset
+    python benchmarks/speedrun.py --dataset=/path/of/tokens --flags="--xsa=false" # what leaving one out costs
     python benchmarks/speedrun.py --dataset=/path/of/tokens --cold=true          # and how long starting takes
 
 The record code (modded-nanogpt at record 89, adapted to torch 2.11) was measured on one H100 80GB HBM3: 242 / 441 /
@@ -37,11 +39,9 @@ sys.path[0] = str(ROOT)
 from nanogpt.common.errors import CommandError, UserError, run_command
 from nanogpt.common.flags import knob, parse
 
-STAGE_STEPS, STEPS, EXTENSION = 35, 105, 6
 VAL_TOKENS = 1_835_008
 RECORD = {"stage 1": 242.0, "stage 2": 441.0, "stage 3": 650.0, "seconds": 50.9, "loss": 4.0782, "GiB": 39.4}
-TOKENS = {"stage 1": 131_072, "stage 2": 262_144, "stage 3": 393_216}
-FLOPS_PER_TOKEN, PEAK = 0.685e9, 989e12  # of the matrices; dense bfloat16 of one H100 or H200
+STAGES = {131_072: "stage 1", 262_144: "stage 2", 393_216: "stage 3", 327_680: "taper"}  # by tokens of a step
 SHOWN_LINES = 60  # of a run that failed
 SKIPPED = 3  # steps at the beginning of a stage, while the CPU is not yet ahead
 
@@ -54,6 +54,8 @@ class Options:
     out_dir: str = knob("out/benchmark-speedrun", "where the runs go; existing ones are moved aside")
     seeds: int = knob(1, "runs, with seeds 1337, 1338, ...", low=1, high=100)
     gpus: int = knob(1, "GPUs of this machine", low=1, high=8)
+    steps: int = knob(105, "scheduled steps; the record code was measured with 105", low=4, high=10_000)
+    extension: int = knob(6, "steps after them", low=0, high=1000)
     flags: str = knob("", "further flags of the trainer, as a shell would split them")
     cold: bool = knob(False, "also measure starting with empty, with packed and with filled compile caches")
     plot: str = knob("", "write the loss curves of the runs to this PNG")
@@ -65,9 +67,9 @@ def command_of(options: Options, seed: int, folder: Path) -> list[str]:
                 f"--nproc_per_node={options.gpus}"]  # fmt: skip
     return [
         sys.executable, *(launcher if options.gpus > 1 else []), "-m", "modded_nanogpt.train_gpt",
-        f"--dataset={Path(options.dataset).resolve()}", f"--out_dir={folder}", f"--seed={seed}", f"--steps={STEPS}",
-        f"--extension_steps={EXTENSION}", f"--eval_tokens={VAL_TOKENS}", "--data_passes=9", "--save_minutes=0",
-        "--eval_interval=35", "--overwrite=true", *shlex.split(options.flags),
+        f"--dataset={Path(options.dataset).resolve()}", f"--out_dir={folder}", f"--seed={seed}",
+        f"--steps={options.steps}", f"--extension_steps={options.extension}", f"--eval_tokens={VAL_TOKENS}",
+        "--data_passes=9", "--save_minutes=0", "--eval_interval=35", "--overwrite=true", *shlex.split(options.flags),
     ]  # fmt: skip
 
 
@@ -150,10 +152,23 @@ def run_once(options: Options, seed: int, variables: dict[str, str]) -> dict[str
     (start,) = [event for event in events if event["event"] == "start"]
     (end,) = [event for event in events if event["event"] == "end"]
     found = {"loss": end["val_loss"], "seconds": end["train_ms"] / 1e3, "start-up": start["time"] - began}
-    for number, stage in enumerate(TOKENS):
-        first = number * STAGE_STEPS + SKIPPED
-        found[stage] = statistics.mean(event["ms"] for event in steps[first : (number + 1) * STAGE_STEPS])
+    for name, of_stage in by_stage(steps[: options.steps]).items():
+        ms = statistics.mean(event["ms"] for event in of_stage)
+        found |= {name: ms, f"{name}, tokens/s": 1e3 * of_stage[0]["size"] / ms}
     found["GiB"] = max(event["memory_gib"] or 0.0 for event in steps)
+    return found
+
+
+def by_stage(steps: list[dict]) -> dict[str, list[dict]]:
+    """The scheduled `steps` by stage, with their tokens as `size`; a stage's first ones are left out."""
+    found: dict[str, list[dict]] = {}
+    sizes = [
+        event["tokens"] - before
+        for event, before in zip(steps, [0, *(e["tokens"] for e in steps)], strict=False)
+    ]
+    for place, (event, size) in enumerate(zip(steps, sizes, strict=True)):
+        if size in STAGES and place >= SKIPPED and len(set(sizes[place - SKIPPED : place + 1])) == 1:
+            found.setdefault(STAGES[size], []).append({**event, "size": size})
     return found
 
 
@@ -197,15 +212,11 @@ def main(argv: list[str]) -> None:
 def print_table(options: Options, runs: list[dict[str, float]]) -> None:
     """The runs' means beside the record code's figures."""
     mean = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
-    print(f"\n{'':10} {'ours':>10} {'record':>10} {'ratio':>7} {'tokens/s':>12} {'of peak':>8}")
+    print(f"\n{'':20} {'ours':>12} {'record':>10} {'ratio':>7}")
     for name, value in mean.items():
         theirs = RECORD.get(name)
-        ratio = value / theirs if theirs else float("nan")
-        row = f"{name:10} {value:10.4f} {theirs or float('nan'):10.4f} {ratio:7.3f}"
-        if name in TOKENS:
-            speed = 1e3 * TOKENS[name] / value
-            row += f" {speed:12,.0f} {100 * speed * FLOPS_PER_TOKEN / (PEAK * options.gpus):7.1f}%"
-        print(row, flush=True)
+        beside = f"{theirs:10.4f} {value / theirs:7.3f}" if theirs else ""
+        print(f"{name:20} {value:12,.4f} {beside}".rstrip(), flush=True)
 
 
 def plot(options: Options) -> None:
@@ -226,9 +237,7 @@ def plot(options: Options) -> None:
     axes.axhline(RECORD["loss"], color="gray", linestyle="--", linewidth=1)
     axes.annotate(f"record code, final: {RECORD['loss']}", (0, RECORD["loss"]), xytext=(0, 4),
                   textcoords="offset points", fontsize=9)  # fmt: skip
-    axes.set(
-        xlabel="step", ylabel="loss (dots: validation)", title="Speedrun, 105 + 6 steps on a small corpus"
-    )
+    axes.set(xlabel="step", ylabel="loss (dots: validation)", title="The speedrun on a small corpus")
     axes.legend()
     figure.savefig(options.plot, dpi=130)
 

@@ -1,11 +1,12 @@
 """One attention layer: projections, QK norm, rotary embedding, value embedding, what happens around the softmax.
 
-Symbols in comments: T tokens of the lane, d model width, H heads, D their width.
+Symbols in comments: T tokens of the lane, d model width, H heads, D the width of their queries and keys, V of values.
 
 Rotary embedding (Su et al. 2021, arXiv 2104.09864) turns only the first half of each head ("half-truncated": the other
-half carries content without position). When the long window grows, frequencies and softmax scale follow YaRN (Peng et
-al. 2023, arXiv 2309.00071). The other ideas are modded-nanogpt's: paired heads (record 58), partial key offset (49),
-gated value embeddings (55), attention gates (28); and exclusive self-attention, XSA (arXiv 2603.09078, record 82).
+half carries content without position); heads of half the width turn whole. When the windows grow, frequencies and
+softmax scale follow YaRN (Peng et al. 2023, arXiv 2309.00071). The other ideas are modded-nanogpt's: paired heads
+(record 58), partial key offset (49), gated value embeddings (55), attention gates (28), narrow queries and keys (90);
+and exclusive self-attention, XSA (arXiv 2603.09078, record 82).
 """
 
 import itertools
@@ -21,7 +22,6 @@ from modded_nanogpt.kernels.dynamic_composition import dynamic_composition
 from modded_nanogpt.layer_plan import Layer
 
 BLOCK = 128  # tokens; windows are counted in blocks where YaRN is concerned
-FIRST_SCALE = 0.1  # of the softmax; queries and keys have norm sqrt(D)
 YARN_ALPHA, YARN_BETA, YARN_TEMPERATURE = 1.0, 32.0, 0.2  # the paper's temperature factor is 0.1
 
 
@@ -38,9 +38,17 @@ class Rotary(nn.Module):
     """
 
     def __init__(
-        self, head_dim: int, positions: int, half: bool, dtype: torch.dtype, device: torch.device
+        self,
+        head_dim: int,
+        positions: int,
+        half: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        scale: float = 0.1,
     ) -> None:
+        """head_dim: D; half: only the first half turns; scale: of the softmax at the start of training."""
         super().__init__()
+        self.first_scale = scale
         self.positions, turning = positions, head_dim // 4 if half else head_dim // 2
         steps = torch.arange(turning, dtype=torch.float64) / max(1, turning - 1)
         self.base = torch.cat([1024.0**-steps, torch.zeros(head_dim // 2 - turning, dtype=torch.float64)])
@@ -53,12 +61,12 @@ class Rotary(nn.Module):
 
     def reset(self) -> None:
         """Back to what training begins with."""
-        self.frequencies, self.temperature = self.base.clone(), FIRST_SCALE
+        self.frequencies, self.temperature = self.base.clone(), self.first_scale
         self._fill()
 
     def follow(self, windows: list[int]) -> None:
-        """The state after the long window (in tokens) has taken these values one after the other: exact on a resume."""
-        self.frequencies, self.temperature = self.base.clone(), FIRST_SCALE
+        """The state after the window (in tokens) has taken these values one after the other: exact on a resume."""
+        self.frequencies, self.temperature = self.base.clone(), self.first_scale
         for old, new in itertools.pairwise(windows):
             turns = old * self.frequencies / (2 * math.pi)  # full turns within the old window
             kept = ((turns - YARN_ALPHA) / (YARN_BETA - YARN_ALPHA)).clamp(0, 1)
@@ -80,6 +88,16 @@ class Rotary(nn.Module):
             return self.cos_single[:tokens, None], self.sin_single[:tokens, None]
         cos, sin = self.cos_paired[: 2 * tokens], self.sin_paired[: 2 * tokens]
         return cos.view(tokens, 2, -1), sin.view(tokens, 2, -1)
+
+
+class Rotaries(nn.ModuleDict):
+    """The tables that a model's layers use, by `Layer.rotary`: those that follow the short and the long window."""
+
+    def follow(self, windows: list[tuple[int, int]]) -> None:
+        """The state after (short, long) windows, in tokens, have taken these values one after the other."""
+        for place, name in enumerate(("short", "long")):
+            if name in self:
+                self[name].follow([pair[place] for pair in windows])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -110,7 +128,7 @@ class Documents:
 class Extras:
     """What a layer adds around its softmax; None where the layer plan, or the user, leaves it out. (T, ...) tensors."""
 
-    value: Tensor | None = None  # (T, H, D) added to V
+    value: Tensor | None = None  # (T, H, at least V): its first V channels are added to V
     xsa: Tensor | None = None  # (T, H) before tanh
     gate: Tensor | None = None  # (T, H)
     dc: tuple[Tensor, Tensor] | None = None  # (T, H) each
@@ -118,18 +136,20 @@ class Extras:
 
 def attend(
     u: Tensor, qkv: Tensor, out: Tensor, layer: Layer, heads: int, documents: Documents, window: Tensor,
-    rotary: Rotary, extras: Extras, backend: Callable[..., Tensor],
+    rotaries: Rotaries, extras: Extras, backend: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     """The layer's output (T, d) before it joins the residual stream.
 
-    u: (T, d) normalised input; qkv: (3d, d); out: (d, d); window: 0-dim int32 tensor on the CPU, in tokens.
+    u: (T, d) normalised input; qkv: (H (2 D + V), d), Q above K above V; out: (d, H V); window: 0-dim int32 tensor on
+    the CPU, in tokens.
     """
-    tokens = u.shape[0]
-    q, k, v = F.linear(u, qkv).view(tokens, 3, heads, -1).unbind(1)
+    tokens, rotary = u.shape[0], rotaries[layer.rotary]
+    widths = (heads * layer.qk_width, heads * layer.qk_width, heads * layer.v_width)
+    q, k, v = (part.view(tokens, heads, -1) for part in F.linear(u, qkv).split(widths, dim=-1))
     cos, sin = rotary.tables(tokens, layer.paired)
     q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
     if extras.value is not None:
-        v = v + extras.value
+        v = v + extras.value[..., : layer.v_width]
     if layer.key_offset:  # the half that carries content comes from the token before: induction in one layer
         moving, content = k.chunk(2, dim=-1)
         k = torch.cat([moving, torch.cat([content[:1], content[:-1]])], dim=-1)

@@ -24,7 +24,7 @@ __all__ = ["Batch", "TrainBatches", "ValBatches", "tokens_needed"]
 
 # Length of cu_seqlens by tokens of a lane: what the record uses on FineWeb. It has to be fixed (the compiled graph is
 # static) and short (some attention kernels take longer for every entry).
-BOUNDARIES = {16_384: 64, 32_768: 96, 49_152: 128}
+BOUNDARIES = {16_384: 64, 32_768: 96, 40_960: 128, 49_152: 128}
 USUAL_DOCUMENT = 300  # tokens; for other lane sizes
 STEP = 32  # a text with more documents than expected gets so many entries more, as often as needed
 
@@ -44,7 +44,9 @@ class Batch:
     bigram_rows_cpu: Tensor | None  # the same as bigram_rows, where the CPU can read it
     token_runs: Runs  # the inputs by token, for the gradients of embeddings
     bigram_runs: Runs | None  # the bigram rows by row
-    max_document: int  # no document is longer, in tokens
+    max_document: (
+        int  # attention looks over no more tokens than that; the same for all training lanes of a size
+    )
 
     def to(self, device: torch.device) -> "Batch":
         """On `device`, copied without waiting."""
@@ -73,7 +75,7 @@ class TrainBatches:
         self._stage_of = [
             index for index, stage in enumerate(self.stages) for _ in range(stage.start, stage.end)
         ]
-        self._packer = _Packer(config, device.type == "cuda")
+        self._packer, self._cap = _Packer(config, device.type == "cuda"), schedule.attention_cap(config)
         self._open_shard: tuple[int, np.ndarray] | None = None
         self._next_step = 0
         # On a GPU the next batch is read while this one is computed, and the next shard long before its turn.
@@ -103,6 +105,11 @@ class TrainBatches:
         """Length of cu_seqlens for lanes of `lane_tokens`."""
         return boundaries(lane_tokens, self.plan.most_documents[lane_tokens])
 
+    def longest(self, lane_tokens: int) -> int:
+        """`Batch.max_document` of lanes of `lane_tokens`: one number for all stages, as it is a part of their graph."""
+        longest = max(stage.max_document for stage in self.stages)
+        return min(self._cap or longest, longest, lane_tokens)
+
     def state(self) -> dict[str, int]:
         """Where the step after the last whole one begins, as JSON."""
         return {"step": self._next_step, **self.plan.position(self._next_step)}
@@ -127,9 +134,8 @@ class TrainBatches:
         lengths[-1] -= lengths.sum() - (size + 1)
         tokens = self._tokens(index)
         pieces = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-        return self._packer.pack(
-            np.concatenate(pieces), lengths.cumsum(), self.boundaries(size), stage.max_document
-        )
+        ends = piece_ends(lengths, self._cap)
+        return self._packer.pack(np.concatenate(pieces), ends, self.boundaries(size), self.longest(size))
 
     def _tokens(self, index: int) -> np.ndarray:
         """The tokens of shard `index`, mapped; the one after it is asked for."""
@@ -180,6 +186,20 @@ class ValBatches:
     def _documents(self, start: int, end: int) -> np.ndarray:
         """Where documents begin inside the slice, its first token left out."""
         return self.starts[np.searchsorted(self.starts, start + 1) : np.searchsorted(self.starts, end)]
+
+
+def piece_ends(lengths: np.ndarray, cap: int) -> np.ndarray:
+    """Where what attention keeps apart ends, int64, for documents of `lengths` one behind the other.
+
+    These are the documents, and with a `cap` further borders after every so many tokens of one.
+    """
+    if not cap:
+        return lengths.cumsum()
+    begins = lengths.cumsum() - lengths
+    inner = [
+        np.arange(begin + cap, begin + length, cap) for begin, length in zip(begins, lengths, strict=True)
+    ]
+    return np.sort(np.concatenate([lengths.cumsum(), *inner]))
 
 
 def boundaries(lane_tokens: int, most_documents: int) -> int:

@@ -3,7 +3,7 @@
 argv -> preset -> `Config` (frozen) -> `resolve(world_size)` -> `Plan`, which is printed and logged. Standard library
 only. Sizes and stages are data by recipe (`layer_plan.SIZES`, `schedule.STAGES`); each technique of the record is one
 switch here, true in the record. A technique that another one carries goes with it: without `bigram` there are no
-signs either, without `short_documents` the first stage's documents are as long as the others'.
+signs either, without `mudd` no groups; without `short_documents` all stages cut documents where the last one does.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ FREE = frozenset(
         "eval_interval", "eval_tokens", "eval_slice", "target_loss", "save_interval", "save_minutes",
         "keep_checkpoints", "log_interval", "wandb_log", "wandb_project", "wandb_run_name",
         "device", "attention", "compile", "backend", "deterministic", "num_threads", "warmup", "memory_gib",
-        "compile_cache",
+        "compile_cache", "capture",
     ]
 )  # fmt: skip
 
@@ -53,7 +53,8 @@ class Config:
         "does my edit run? 10 eager steps on small batches, one validation; in out_dir-smoke, made anew",
     )
     # What is trained, and how long.
-    recipe: str = knob("record", "model, stages and target: record (to 3.28), medium (to 2.92), or tiny ones for CPUs",
+    recipe: str = knob("record", "model, stages and target: record, record89 and snapshot (to 3.28), medium (to 2.92), "
+                      "or tiny ones for CPUs",
                       choices=tuple(layer_plan.SIZES))  # fmt: skip
     steps: int = knob(0, "scheduled steps; 0: the recipe's own number", low=0, high=10**7)
     extension_steps: int = knob(
@@ -73,9 +74,14 @@ class Config:
     adam_wd: float = knob(0.005, "weight decay of Adam, times the learning rate", low=0.0, high=1e3)
     normuon_beta2: float = knob(0.9, "of NorMuon's second moment", low=0.0, high=0.999999)
     adam_every: int = knob(2, "Adam updates at every so many steps, gradients add up between", low=1, high=16)
-    cooldown: float = knob(0.60, "part of the scheduled steps over which the rate falls", low=0.0, high=1.0)
-    lr_floor: float = knob(0.15, "where it falls to, as a factor", low=0.0, high=10.0)
+    cooldown: float = knob(0.80, "part of the scheduled steps over which the rate falls", low=0.0, high=1.0)
+    lr_floor: float = knob(0.30, "where it falls to, as a factor", low=0.0, high=10.0)
     # Techniques of the model; docs/speedrun.md says what each does.
+    narrow_heads: bool = knob(
+        True, "queries and keys of the short layers, and values of two, have half the width"
+    )
+    depth_cut: bool = knob(True, "three more layers without attention, one without an MLP")
+    second_mlp: bool = knob(True, "one layer has two MLPs side by side")
     paired_heads: bool = knob(True, "heads in pairs share a softmax in some layers")
     key_offset: bool = knob(True, "keys of the long layers carry half of the token before")
     half_rope: bool = knob(True, "rotary positions on half of each head only")
@@ -88,8 +94,9 @@ class Config:
     cached_attention: bool = knob(True, "the last layers attend from one earlier residual")
     input_gates: bool = knob(True, "gates computed from the token; false: learned numbers")
     mudd: bool = knob(True, "gated sums of earlier residuals at the end of the network")
+    grouped_mudd: bool = knob(True, "ten sources at the end instead of five, weighed by groups of channels")
     xsa: bool = knob(True, "learnable removal of the value's own direction")
-    dc: bool = knob(True, "dynamically composed heads in the last layer")
+    dc: bool = knob(False, "dynamically composed heads in the last layer (record 89's)")
     skip: bool = knob(True, "skip connections over the middle")
     asymmetric_softcap: bool = knob(True, "logits 23 sigmoid((z+5)/7.5); false: 30 sigmoid(z/7.5)")
     attention_at_6: bool = knob(False, "layer 6 has attention too (the record has none)")
@@ -101,6 +108,9 @@ class Config:
     batch_schedule: bool = knob(True, "batches grow from stage to stage")
     window_schedule: bool = knob(True, "attention windows grow from stage to stage")
     short_documents: bool = knob(True, "documents are cut shorter in the first stage")
+    attention_cap: bool = knob(
+        True, "attention does not look across every 2,560th token of a document in training"
+    )
     momentum_schedule: bool = knob(True, "Muon's momentum rises and falls again")
     polar_express: bool = knob(True, "orthogonalization; false: Newton-Schulz")
     normuon: bool = knob(True, "rows of Muon's updates have one size")
@@ -134,6 +144,8 @@ class Config:
     fp8_backward: bool = knob(False, "... and where the MLPs' gradients are formed (beyond the record)")
     memory_gib: float = knob(0.0, "GPU memory to do with, as on a smaller GPU; 0: all", low=0.0, high=1e6)
     compile: str = knob("auto", "torch.compile: true, false, or auto (on a GPU only)",
+                        choices=("auto", "true", "false"))  # fmt: skip
+    capture: str = knob("false", "lanes as CUDA graphs: true, false, or auto (on a GPU only)",
                         choices=("auto", "true", "false"))  # fmt: skip
     warmup: bool = knob(True, "compile and warm up before the clock starts, then begin with fresh weights")
     compile_cache: str = knob("", "folder that keeps packed compile caches for later jobs; default: compile-caches "
@@ -237,6 +249,10 @@ def _check_device(config: Config) -> None:
         return
     if config.fp8 == "on":
         raise UserError("--fp8=on: needs a GPU, but --device=cpu; use --fp8=auto or --fp8=off")
+    if config.capture == "true":
+        raise UserError(
+            "--capture=true: needs a GPU, but --device=cpu; use --capture=auto or --capture=false"
+        )
     if config.attention not in ("auto", "reference"):
         raise UserError(
             f"--attention={config.attention}: needs a GPU, but --device=cpu; use --attention=reference"
@@ -246,6 +262,8 @@ def _check_device(config: Config) -> None:
 
 
 def _check_techniques(config: Config) -> None:
+    if config.capture == "true" and not config.warmup:
+        raise UserError("--capture=true: graphs are recorded in the warm-up; leave out --warmup=false")
     if config.fp8 == "on" and not (config.fp8_head or config.fp8_up or config.fp8_down):
         raise UserError("--fp8=on: nothing is left to compute with it; switch on --fp8_head, _up or _down")
     if config.key_offset and not config.half_rope:

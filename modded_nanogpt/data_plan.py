@@ -49,7 +49,8 @@ class DataPlan:
         np.ndarray
     )  # int64 [steps, lanes + 1]: the document that each lane begins with, and where the next step does
     documents: dict[int, Documents]  # of the shards that are used
-    most_documents: dict[int, int]  # by lane size: the most documents that one lane has
+    # By lane size: the most documents that one lane has, or pieces of documents that attention keeps apart.
+    most_documents: dict[int, int]
     source_tokens: int  # gone through, with what was cut away
 
     def position(self, step: int) -> dict[str, int]:
@@ -129,8 +130,7 @@ def plan_data(token_set: TokenSet, config: Config) -> DataPlan:
             size = stage.batch_tokens // lanes
             for step in range(stage.start, stage.end):
                 shard[step], first[step] = walk.take(lanes, size + 1, stage.max_document, step)
-            here = np.diff(first[stage.start : stage.end]).max()
-            most[size] = max(most.get(size, 0), int(here))
+                most[size] = max(most.get(size, 0), walk.most_pieces(first[step]))
     finally:
         walk.close()
     used = {int(index): walk.documents[int(index)] for index in np.unique(shard)}
@@ -147,7 +147,7 @@ class _Walk:
         self.shards = token_set.shards_train
         self.documents: dict[int, Documents] = {}
         self.index, self.cursor, self.passed, self.passes = 0, 0, 0, 1
-        self._ends, self._ends_of = np.empty(0), (-1, -1)
+        self._ends, self._pieces, self._ends_of = np.empty(0), np.empty(0, np.int64), (-1, -1)
         self._pool = ThreadPoolExecutor(READ_AHEAD)
         self._waiting: deque[Future] = deque()
         self._unread: Iterator[Shard] = iter(self.shards)
@@ -178,6 +178,10 @@ class _Walk:
         self.cursor = int(bounds[-1])
         return self.index, bounds
 
+    def most_pieces(self, bounds: np.ndarray) -> int:
+        """Of the lanes that `take` has just bounded: the most pieces that attention keeps apart in one of them."""
+        return int(np.diff(self._pieces[bounds]).max())
+
     def _open(self) -> None:
         """Begin the shard `index` at its first document."""
         self.cursor = 0
@@ -190,6 +194,8 @@ class _Walk:
     def _bounds(self, lanes: int, need: int, limit: int) -> np.ndarray | None:
         if self._ends_of != (self.index, limit):
             self._ends, self._ends_of = self.documents[self.index].ends(limit), (self.index, limit)
+            cap = schedule.attention_cap(self.config) or limit
+            self._pieces = np.concatenate([[0], (-(-np.diff(self._ends) // cap)).cumsum()])
         bounds = np.empty(lanes + 1, np.int64)
         bounds[0] = self.cursor
         for lane in range(lanes):

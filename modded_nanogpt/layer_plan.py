@@ -35,36 +35,61 @@ class Size:
     bigram_rows: int = 0  # of the bigram hash table; the last one stands for "no previous token"
     sign_rows: int = 0  # of the table of random signs
     value_tables: int = 5
-    # Channels that the sigmoid gates (smear, value embeddings; medium: all of them) look at.
+    mudd_groups: int = 1  # of channels, whose sums at the end of the network have weights of their own
+    # Channels that the sigmoid gates (smear, value embeddings; medium and snapshot: all of them) look at.
     gate_dims: int = 12
     # The recipe whose model this is in another size: its layers, forward pass and optimizer rows.
     make: str = "record"
 
 
 SIZES: dict[str, Size] = {
-    "record": Size(11, 768, 6, 128, 3072, bigram_rows=377_280, sign_rows=8192),
+    "record": Size(
+        11, 768, 6, 128, 2816, bigram_rows=377_280, sign_rows=8192, value_tables=4, mudd_groups=12
+    ),
+    "record89": Size(11, 768, 6, 128, 3072, bigram_rows=377_280, sign_rows=8192, make="record89"),
+    "snapshot": Size(11, 768, 6, 128, 3072, bigram_rows=251_520, make="snapshot"),
     "medium": Size(16, 1024, 8, 128, 4096, gate_dims=16, make="medium"),
-    "tiny": Size(11, 96, 6, 16, 384, bigram_rows=4096, sign_rows=64),
+    "tiny": Size(11, 96, 6, 16, 352, bigram_rows=4096, sign_rows=64, value_tables=4, mudd_groups=12),
+    "tiny_record89": Size(11, 96, 6, 16, 384, bigram_rows=4096, sign_rows=64, make="record89"),
+    "tiny_snapshot": Size(11, 96, 6, 16, 384, bigram_rows=4096, make="snapshot"),
     "tiny_medium": Size(16, 64, 4, 16, 256, gate_dims=16, make="medium"),
 }
-CPU_RECIPES = ("tiny", "tiny_medium")  # small enough to train without a GPU
+CPU_RECIPES = tuple(name for name in SIZES if name.startswith("tiny"))  # small enough to train without a GPU
 
 # Techniques that a make has no place for; its preset switches them off, and switching one on is refused.
+_LATEST = ("narrow_heads", "depth_cut", "second_mlp", "grouped_mudd", "attention_cap")
 LACKS: dict[str, tuple[str, ...]] = {
-    "record": (),
-    "medium": ("paired_heads", "bigram", "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa", "dc",
-               "attention_at_6"),
+    "record": ("dc",),
+    "record89": _LATEST,
+    "snapshot": (*_LATEST, "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa", "dc"),
+    "medium": (*_LATEST, "paired_heads", "bigram", "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa",
+               "dc", "attention_at_6"),
 }  # fmt: skip
+
+# Softmax scales at the start of training, by the rotary tables that queries and keys of norm sqrt(D) are turned with:
+# those follow the short or the long window (`schedule.yarn_windows`).
+SOFTMAX_SCALES: dict[str, dict[str, float]] = {
+    "record": {"short": 0.13, "long": 0.085},
+    "record89": {"long": 0.1},
+    "snapshot": {"long": 0.1},
+    "medium": {"long": 0.1},
+}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer does. Every layer has an MLP."""
+    """What one layer does."""
 
     index: int
     attention: bool = True
     bank: int | None = None  # which slot of the attention banks; None without attention
+    qk_width: int = 0  # of each head's queries and keys: the first so many rows of those in the bank
+    v_width: int = 0  # of each head's values
     window: str = "short"  # or "long": see `schedule`
+    rotary: str = (
+        "long"  # which tables turn its queries and keys: those that follow the short or the long window
+    )
+    mlps: tuple[int, ...] = ()  # slots of the MLP bank; two MLPs read the same input
     paired: bool = False  # heads in pairs share a softmax
     key_offset: bool = False  # the unrotated half of each key is the previous token's
     value_embed: int | None = None  # the value table added to V
@@ -73,7 +98,7 @@ class Layer:
     attention_gate: bool = False  # a gate on each head's output
     cached_input: bool = False  # attends from the residual that `cached_source` kept, not from its own
     skip_from: int | None = None  # the layer whose kept output is added before this one
-    inject: bool = True  # the embedding is added, and what stands beside it (bigram or second embedding)
+    inject: tuple[str, ...] = ()  # what is added behind the attention's place: "x0" (the embedding), "bigram"
     keep_output: bool = False  # a later layer or the end of the network reads this layer's output
     mudd: bool = False  # gated sums of earlier residuals feed this layer, and the end of the network
     dc: bool = False  # dynamically composed heads
@@ -97,7 +122,14 @@ class _Map:
 
     long: tuple[int, ...]
     without_attention: tuple[int, ...] = ()
+    cut_attention: tuple[int, ...] = ()  # further ones that have none with `depth_cut`
+    cut_mlp: tuple[int, ...] = ()  # without an MLP then
+    second_mlp: int | None = None
+    narrow: tuple[int, ...] = ()  # queries and keys of half the width, all of which turns
+    narrow_values: tuple[int, ...] = ()
     paired: tuple[int, ...] = ()
+    x0: tuple[int, ...] = ()  # layers behind whose attention the embedding is added
+    bigram: tuple[int, ...] = ()  # the same of the bigram; layer 0 adds it before its attention
     value_embeds: tuple[tuple[int, int], ...] = ()  # (layer, table)
     xsa: tuple[int, ...] = ()
     attention_gates: tuple[int, ...] = ()
@@ -115,7 +147,29 @@ _MAPS: dict[str, _Map] = {  # by make
     "record": _Map(
         long=(3, 10),
         without_attention=(6,),
+        cut_attention=(4, 7, 9),
+        cut_mlp=(7,),
+        second_mlp=8,
+        narrow=(0, 1, 2, 4, 5, 7, 8, 9),
+        narrow_values=(1, 8),
+        paired=(0, 2, 5),
+        x0=(0, 1, 2, 4, 5, 7),
+        bigram=(0, 1, 4, 5, 9),
+        value_embeds=((1, 0), (2, 1), (8, 2), (10, 3)),
+        xsa=(1, 3),
+        attention_gates=(3, 10),
+        cached=(8, 9, 10),
+        cached_source=7,
+        skips=((3, 6),),
+        mudd=10,
+        mudd_sources=(3, 7),
+    ),
+    "record89": _Map(
+        long=(3, 10),
+        without_attention=(6,),
         paired=(0, 2, 5, 9),
+        x0=(0, 1, 2, 3, 4, 5, 7, 8, 9),
+        bigram=(0, 1, 2, 3, 4, 5, 7, 8, 9),
         value_embeds=((1, 0), (2, 1), (8, 2), (9, 3), (10, 4)),
         xsa=(1, 3, 4, 7),
         attention_gates=(3, 10),
@@ -125,6 +179,15 @@ _MAPS: dict[str, _Map] = {  # by make
         mudd=10,
         mudd_sources=(3, 7),
         dc=(10,),
+    ),
+    "snapshot": _Map(
+        long=(3, 10),
+        without_attention=(6,),
+        paired=(0, 2, 5, 9),
+        value_embeds=((0, 0), (1, 1), (8, 2), (9, 3), (10, 4)),
+        attention_gates=(0, 1, 2, 3, 4, 5, 7, 8, 9, 10),
+        skips=((3, 6),),
+        backout=7,
     ),
     "medium": _Map(
         long=(0, 4, 11, 15),
@@ -147,18 +210,48 @@ def size(config: "Config") -> Size:
 
 def layers(config: "Config") -> tuple[Layer, ...]:
     """All layers in order, as the config has them."""
-    table = _map(config)
-    found: list[Layer] = []
-    banks = 0
-    for index in range(SIZES[config.recipe].layers):
-        attention = index not in table.without_attention or config.attention_at_6
-        layer = _layer(table, config, index, banks) if attention else Layer(
-            index, attention=False, inject=False, skip_from=_skip_into(table, config, index)
-        )  # fmt: skip
-        found.append(layer)
-        banks += attention
+    table, found, count = _map(config), [], SIZES[config.recipe].layers
+    banks = mlps = 0
+    for index in range(count):
+        cut = config.depth_cut and index in table.cut_attention
+        attention = not cut and (index not in table.without_attention or config.attention_at_6)
+        mlp = () if config.depth_cut and index in table.cut_mlp else (mlps,)
+        layer = Layer(
+            index,
+            mlps=mlp,
+            skip_from=_skip_into(table, config, index),
+            inject=_injected(table, config, index),
+        )
+        found.append(
+            _with_attention(layer, table, config, banks) if attention else replace(layer, attention=False)
+        )
+        banks, mlps = banks + attention, mlps + len(mlp)
     read = _outputs_read(table, config)
-    return tuple(replace(layer, keep_output=layer.index in read) for layer in found)
+    found = [replace(layer, keep_output=layer.index in read) for layer in found]
+    if config.second_mlp and table.second_mlp is not None:  # its slot is the bank's last
+        layer = found[table.second_mlp]
+        found[layer.index] = replace(layer, mlps=(*layer.mlps, mlps))
+    return tuple(found)
+
+
+def mlp_count(config: "Config") -> int:
+    """Slots of the MLP bank."""
+    return sum(len(layer.mlps) for layer in layers(config))
+
+
+def matrix_weights(config: "Config") -> int:
+    """How many weights of layers' matrices one token meets: for the count of operations."""
+    found = size(config)
+    attention = (
+        sum(2 * layer.qk_width + 2 * layer.v_width for layer in layers(config)) * found.heads * found.width
+    )
+    return attention + 2 * mlp_count(config) * found.mlp_width * found.width
+
+
+def softmax_scales(config: "Config") -> dict[str, float]:
+    """{which rotary tables: the softmax scale that training begins with}, for the tables that the layers use."""
+    used = {layer.rotary for layer in layers(config) if layer.attention}
+    return {name: scale for name, scale in SOFTMAX_SCALES[SIZES[config.recipe].make].items() if name in used}
 
 
 def cached_source(config: "Config") -> int | None:
@@ -197,12 +290,12 @@ def check(config: "Config") -> None:
 
 
 def gates(config: "Config") -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:
-    """The outputs of the two gate networks in the order of their columns: 26 and 41 in the record.
+    """The outputs of the two gate networks in the order of their columns: 23 and 13 in the record.
 
     Without `input_gates` the same entries are learned numbers, laid out the same way, the first network's first. The
-    medium model has none: its gates are sigmoids of a few channels.
+    snapshot's and the medium model have none: their gates are sigmoids of a few channels.
     """
-    if SIZES[config.recipe].make == "medium":
+    if SIZES[config.recipe].make in ("snapshot", "medium"):
         return (), ()
     plan, heads = layers(config), size(config).heads
     tiers: tuple[list[Gate], list[Gate]] = ([], [])
@@ -220,10 +313,8 @@ def gates(config: "Config") -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:
         if layer.attention_gate:
             add("attention_gate", layer.index, heads, 0.25)
     for layer in plan:
-        if layer.inject:
-            add("x0", layer.index, 1, 0.0)
-            if config.bigram:
-                add("bigram", layer.index, 1, 0.05)
+        for name in layer.inject:
+            add(name, layer.index, 1, 0.05 if name == "bigram" else 0.0)
     for layer in plan:
         if layer.skip_from is not None:
             add("skip", layer.index, 1, 0.5)
@@ -243,48 +334,72 @@ ROOT_OF_GROWTH = math.sqrt(
     1.1
 )  # the residual's own weight, one for attention and one for the MLP of each layer
 
-# The outputs of the two MUDD networks in order: (name, value at the start). Where each goes stands before the "_",
+# The outputs of the first MUDD network in order: (name, value at the start). Where each goes stands before the "_",
 # what it weighs behind it: c0, c3, c7, c9 are the residuals at the model's input, after layers 3 and 7, and before
-# the last layer, x the current one, y the layer's own result. The second network has fewer; the rest is unused.
-MUDD_OUTPUTS: tuple[tuple[tuple[str, float], ...], ...] = (
-    (
-        ("v_c0", 0.0), ("v_c7", 0.0), ("v_x", 0.0),
-        ("x_c0", 0.0), ("x_c7", 0.0), ("x_x", 0.0),
-        ("value_gate_low", 2.0), ("value_gate_high", 2.0),
-        ("attention_x", ROOT_OF_GROWTH), ("attention_y", 1.0), ("attention_c0", 0.0), ("attention_bigram", 0.05),
-        ("mlp_x", ROOT_OF_GROWTH), ("mlp_y", 1.0),
-    ),
-    (("end_c0", 0.0), ("end_c7", -0.5), ("end_c9", 0.0), ("end_value_0", 0.0), ("end_c3", 0.0)),
+# the last layer, x the current one, y the layer's own result.
+MUDD_OUTPUTS: tuple[tuple[str, float], ...] = (
+    ("v_c0", 0.0), ("v_c7", 0.0), ("v_x", 0.0),
+    ("x_c0", 0.0), ("x_c7", 0.0), ("x_x", 0.0),
+    ("value_gate_low", 2.0), ("value_gate_high", 2.0),
+    ("attention_x", ROOT_OF_GROWTH), ("attention_y", 1.0), ("attention_c0", 0.0), ("attention_bigram", 0.05),
+    ("mlp_x", ROOT_OF_GROWTH), ("mlp_y", 1.0),
 )  # fmt: skip
+# What the second network weighs at the end of the network, in order: residuals, rows of value tables, and what the
+# last layer's MLP (u) and attention (late) read. "Backout": the late residual begins at -0.5, all others at 0.
+BACKED_OUT, BACKOUT_START = "c7", -0.5
+_END_SOURCES = {
+    "record": ("c0", "c7", "c9", "value_0", "c3", "value_1", "value_3", "value_2", "u", "late"),
+    "record89": ("c0", "c7", "c9", "value_0", "c3"),
+}
+
+
+def end_sources(config: "Config") -> tuple[str, ...]:
+    """What the second MUDD network weighs, in the order of its outputs."""
+    sources = _END_SOURCES[SIZES[config.recipe].make]
+    if not config.grouped_mudd:  # they came together (record 92)
+        sources = _END_SOURCES["record89"]
+    return tuple(name for name in sources if config.value_embeds or not name.startswith("value_"))
 
 
 def _map(config: "Config") -> _Map:
     return _MAPS[SIZES[config.recipe].make]
 
 
-def _layer(table: _Map, config: "Config", index: int, bank: int) -> Layer:
-    """Layer `index`, one with attention, in slot `bank`."""
+def _with_attention(layer: Layer, table: _Map, config: "Config", bank: int) -> Layer:
+    """`layer` with the attention of slot `bank`."""
+    index, head_dim = layer.index, SIZES[config.recipe].head_dim
     mudd = config.mudd and index == table.mudd
-    value_layers = [layer for layer, _ in table.value_embeds] if config.value_embeds else []
+    value_layers = [one for one, _ in table.value_embeds] if config.value_embeds else []
+    # The gate of the layer that MUDD feeds comes from there.
+    gated = [one for one in value_layers if not (config.mudd and one == table.mudd)]
     is_long = index in table.long
-    return Layer(
-        index,
+    narrow = config.narrow_heads and index in table.narrow
+    return replace(
+        layer,
         bank=bank,
+        qk_width=head_dim // 2 if narrow else head_dim,
+        v_width=head_dim // 2 if config.narrow_heads and index in table.narrow_values else head_dim,
         window="long" if is_long else "short",
+        rotary="short" if narrow else "long",
         paired=config.paired_heads and index in table.paired,
         key_offset=config.key_offset and is_long,
         value_embed=dict(table.value_embeds)[index] if index in value_layers else None,
-        value_gate=value_layers.index(index) if index in value_layers else None,
+        value_gate=gated.index(index) if index in gated else None,
         xsa=config.xsa and index in table.xsa,
         attention_gate=config.attention_gates and index in table.attention_gates,
         cached_input=config.cached_attention and index in table.cached,
-        skip_from=_skip_into(table, config, index),
-        # Where MUDD mixes the residual it adds embedding and bigram too. The layer that has lost its attention adds
-        # nothing, with attention restored neither.
-        inject=not mudd and index not in table.without_attention,
         mudd=mudd,
         dc=config.dc and index in table.dc,
     )
+
+
+def _injected(table: _Map, config: "Config", index: int) -> tuple[str, ...]:
+    """What joins the residual behind the place of the attention of layer `index`, by gates."""
+    if config.mudd and index == table.mudd:
+        return ()  # where MUDD mixes the residual it adds these too
+    wanted = (("x0", table.x0), ("bigram", table.bigram if config.bigram else ()))
+    last = () if table.mudd is None else (table.mudd,)  # without MUDD it takes them as others do
+    return tuple(name for name, places in wanted if index in (*places, *(last if places else ())))
 
 
 def _skip_into(table: _Map, config: "Config", index: int) -> int | None:

@@ -7,8 +7,9 @@ other track's.
 Symbols: T tokens of the lane, d width, H heads, V padded vocabulary. x is the residual stream, x0 the normalised
 embedding, b the bigram embedding, c0, c3, c7, c9 the residual after those layers (c0: at the input of layer 0, c9: of
 layer 10). Sources: MUDD connections (Xiao et al. 2025, arXiv 2502.12170; record 81) and gates made the same way
-(record 85), DCMHA (arXiv 2405.08553; record 85), hash embeddings (arXiv 1709.03933; record 62) with random signs
-(record 83), value embeddings (arXiv 2410.17897), smear (record 34), backout (record 40).
+(record 85), widths, depth and grouped sums (records 90 and 92), DCMHA (arXiv 2405.08553; record 85), hash embeddings
+(arXiv 1709.03933; record 62) with random signs (record 83), value embeddings (arXiv 2410.17897), smear (record 34),
+backout (record 40).
 """
 
 import math
@@ -20,11 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modded_nanogpt import layer_plan
-from modded_nanogpt.attention import Documents, Extras, Rotary, attend, norm
+from modded_nanogpt.attention import Documents, Extras, Rotaries, Rotary, attend, norm
 from modded_nanogpt.attention_backends import Backend
 from modded_nanogpt.config import Config, lane_tokens
 from modded_nanogpt.kernels.mlp import Fp8Mlp, mlp
-from modded_nanogpt.layer_plan import MUDD_OUTPUTS, POST, PRE, ROOT_OF_GROWTH, Layer
+from modded_nanogpt.layer_plan import (
+    BACKED_OUT,
+    BACKOUT_START,
+    MUDD_OUTPUTS,
+    POST,
+    PRE,
+    ROOT_OF_GROWTH,
+    Layer,
+)
 
 HIDDEN = 64  # width of the gate networks
 MUDD_SCALE = 0.1  # of the outputs of the MUDD networks; their biases are stored divided by it
@@ -56,9 +65,13 @@ class SpeedrunModel(nn.Module):
         self.cached_source = layer_plan.cached_source(config)
         self.second_tier = layer_plan.second_tier(config)
         self.mudd_sources = layer_plan.mudd_sources(config)
+        self.end_sources = layer_plan.end_sources(config) if config.mudd else ()
         size = self.size
-        positions = max(config.eval_slice, *lane_tokens(config))
-        self.rotary = Rotary(size.head_dim, positions, config.half_rope, dtype, device)
+        self.rotary = Rotaries()
+        for name, scale in layer_plan.softmax_scales(config).items():
+            positions = max(config.eval_slice, *lane_tokens(config))
+            width, half = (size.head_dim, config.half_rope) if name == "long" else (size.head_dim // 2, False)
+            self.rotary[name] = Rotary(width, positions, half, dtype, device, scale)
         for name, (shape, kind) in self.parameter_shapes().items():
             self.register_parameter(
                 name, nn.Parameter(torch.empty(shape, dtype=kind or dtype, device=device))
@@ -78,7 +91,7 @@ class SpeedrunModel(nn.Module):
             "embed": ((size.padded_vocab, d), None),
             "qk_bank": ((groups, 2 * size.head_dim, d), None),
             "vo_bank": ((2 * attention_layers, d, d), None),
-            "mlp_bank": ((size.layers, 2, size.mlp_width, d), None),
+            "mlp_bank": ((layer_plan.mlp_count(self.config), 2, size.mlp_width, d), None),
         }
         if self.config.value_embeds:
             shapes["value_embeds"] = ((size.value_tables * size.padded_vocab, d), None)
@@ -100,9 +113,11 @@ class SpeedrunModel(nn.Module):
         if config.bigram:
             shapes["bigram"] = ((size.bigram_rows, d), None)
         if config.mudd:
-            widths = max(len(names) for names in MUDD_OUTPUTS)
+            widths, sources = max(len(MUDD_OUTPUTS), len(self.end_sources)), len(self.end_sources)
             shapes |= {"mudd_w1": ((2, HIDDEN, d), None), "mudd_w2": ((2, widths, HIDDEN), None)}
             shapes["mudd_b2"] = ((2, widths), None)
+            if config.grouped_mudd:
+                shapes["mudd_groups"] = ((sources, size.mudd_groups, HIDDEN), None)
         width = layer_plan.gate_width(config)
         if config.input_gates:
             shapes |= {"gate_w1": ((2, HIDDEN, d), None), "gate_w2": ((2, width, HIDDEN), None)}
@@ -131,7 +146,7 @@ class SpeedrunModel(nn.Module):
         if self.config.value_embeds:
             self.value_embeds.normal_(0.0, 0.01, generator=generator)
             self.ve_gates.zero_()
-        for name in ("bigram", "smear_gate", "mudd_w2", "gate_w2"):
+        for name in ("bigram", "smear_gate", "mudd_w2", "mudd_groups", "gate_w2"):
             if hasattr(self, name):
                 getattr(self, name).zero_()
         for name in ("mudd_w1", "gate_w1"):
@@ -139,8 +154,10 @@ class SpeedrunModel(nn.Module):
                 getattr(self, name).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d), generator=generator)
         if self.config.mudd:
             self.mudd_b2.zero_()
-            for biases, outputs in zip(self.mudd_b2, MUDD_OUTPUTS, strict=True):
-                biases[: len(outputs)] = torch.tensor([start / MUDD_SCALE for _, start in outputs])
+            self.mudd_b2[0, : len(MUDD_OUTPUTS)] = torch.tensor(
+                [start / MUDD_SCALE for _, start in MUDD_OUTPUTS]
+            )
+            self.mudd_b2[1, self.end_sources.index(BACKED_OUT)] = BACKOUT_START / MUDD_SCALE
         self._init_gates()
         if hasattr(self, "signs"):
             self.signs.copy_(
@@ -206,9 +223,10 @@ class SpeedrunModel(nn.Module):
         mlps = self.mlp_bank.view(-1, self.size.mlp_width, self.size.width).unbind(0)  # up and down alternate
         fp8_state = self.fp8 if fp8 else None
 
-        def feed_forward(layer: Layer, x: Tensor) -> Tensor:
-            up, down = mlps[2 * layer.index : 2 * layer.index + 2]
-            return mlp(norm(x), up, down, fp8_state, layer.index)
+        def feed_forward(layer: Layer, u: Tensor) -> Tensor:
+            """The sum of the layer's MLPs on u (T, d)."""
+            parts = [mlp(u, mlps[2 * slot], mlps[2 * slot + 1], fp8_state, slot) for slot in layer.mlps]
+            return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
         lambdas = zip(self.residual_lambdas.unbind(0), self.post_lambdas.unbind(0), strict=True)
         for layer, (residual, post) in zip(self.layers, lambdas, strict=True):
@@ -220,34 +238,47 @@ class SpeedrunModel(nn.Module):
                 x = x + torch.sigmoid(self.scalars[-1]) * gate["skip", layer.index] * kept[layer.skip_from]
             u = late_input if layer.cached_input else norm(x) if layer.attention else None
             if layer.mudd:
-                x = self._mudd_layer(layer, x, u, values, bigram, kept, attention, feed_forward)
+                x, last = self._mudd_layer(layer, x, u, values, bigram, kept, attention, feed_forward)
                 continue
             if layer.attention:
                 added = self._gated_value(layer, u, values)
                 x = residual[0] * x + post[0] * attention(layer, u, added)
-            if layer.inject:
+            elif layer.skip_from is None:
+                x = residual[0] * x
+            if "x0" in layer.inject:
                 x = x + gate["x0", layer.index] * x0
-                if bigram is not None and layer.index > 0:
-                    x = x + gate["bigram", layer.index] * bigram
-            x = residual[1] * x + post[1] * feed_forward(layer, x)
+            if "bigram" in layer.inject and layer.index > 0:
+                x = x + gate["bigram", layer.index] * bigram
+            if layer.mlps:
+                last = norm(x)
+                x = residual[1] * x + post[1] * feed_forward(layer, last)
+            else:
+                x = residual[1] * x
             if layer.keep_output:
                 kept[layer.index] = x
-        return norm(self._mudd_end(x, values, kept) if self.config.mudd else x)
+        return norm(self._mudd_end(x, values, kept, last, late_input) if self.config.mudd else x)
 
     def _attention_weights(self) -> list[tuple[Tensor, Tensor]]:
-        """[(Q, K and V (3d, d), output (d, d))] by bank slot; the learned factors of a layer are multiplied in.
+        """[(Q, K and V (H (2 D + V), d), output (d, H V))] by bank slot; a layer's learned factors are multiplied in.
+
+        Of narrow heads it is the first rows of each head in the bank; the others have no gradient and no effect.
 
         Queries and keys are normalised, so a factor before the projections matters to V alone. Banks are taken apart
         by `unbind`: the backward pass of indexing would write a whole bank of zeros for every slice.
         """
-        d = self.size.width
+        d, heads, full = self.size.width, self.size.heads, self.size.head_dim
         qk, vo = self.qk_bank.view(-1, 2 * d, d).unbind(0), self.vo_bank.unbind(0)
         found = []
         for layer in self.layers:
             if layer.attention:
                 before, after = self.scalars[2 * layer.index], self.scalars[2 * layer.index + 1]
-                v, o = vo[2 * layer.bank], vo[2 * layer.bank + 1]
-                found.append((torch.cat([qk[layer.bank], before * v]), after * o))
+                both, v, o = qk[layer.bank], vo[2 * layer.bank], vo[2 * layer.bank + 1]
+                if layer.qk_width < full:
+                    both = both.view(2 * heads, full, d)[:, : layer.qk_width].reshape(-1, d)
+                if layer.v_width < full:
+                    v = v.view(heads, full, d)[:, : layer.v_width].reshape(-1, d)
+                    o = o.view(d, heads, full)[:, :, : layer.v_width].reshape(d, -1)
+                found.append((torch.cat([both, before * v]), after * o))
         return found
 
     def _smeared(self, embed: Tensor) -> Tensor:
@@ -280,19 +311,22 @@ class SpeedrunModel(nn.Module):
         strength = 2 * torch.sigmoid(F.linear(seen, self.ve_gates[layer.value_gate]))
         return strength[..., None] * value.view(value.shape[0], self.size.heads, -1)
 
-    def _mudd_values(self, block: int, z: Tensor) -> dict[str, Tensor]:
-        """{name: (T, 1)} of MUDD network `block` on the residual z (T, d)."""
-        hidden = F.gelu(F.linear(z, self.mudd_w1[block]))
-        values = MUDD_SCALE * (F.linear(hidden, self.mudd_w2[block]) + self.mudd_b2[block])
-        return {name: values[:, column : column + 1] for column, (name, _) in enumerate(MUDD_OUTPUTS[block])}
+    def _mudd_values(self, z: Tensor) -> dict[str, Tensor]:
+        """{name: (T, 1)} of the first MUDD network on the residual z (T, d)."""
+        hidden = F.gelu(F.linear(z, self.mudd_w1[0]))
+        values = MUDD_SCALE * (F.linear(hidden, self.mudd_w2[0]) + self.mudd_b2[0])
+        return {name: values[:, column : column + 1] for column, (name, _) in enumerate(MUDD_OUTPUTS)}
 
     def _mudd_layer(
         self, layer: Layer, x: Tensor, u: Tensor, values: Values, bigram: Tensor | None, kept: dict[int, Tensor],
         attention: Callable[[Layer, Tensor, Tensor | None], Tensor], feed_forward: Callable[[Layer, Tensor], Tensor],
-    ) -> Tensor:  # fmt: skip
-        """The last layer: what goes into V, into the residual and between its parts are gated sums of residuals."""
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The last layer, whose sums of residuals are gated: into V, into the residual and between its parts.
+
+        Returns its output and what its MLP read.
+        """
         tokens, heads = x.shape[0], self.size.heads
-        mu, c0, c7 = self._mudd_values(0, x), kept[INPUT], kept[self.mudd_sources[1]]
+        mu, c0, c7 = self._mudd_values(x), kept[INPUT], kept[self.mudd_sources[1]]
         kept[layer.index - 1] = x
         value = (mu["v_c0"] * c0 + mu["v_c7"] * c7 + mu["v_x"] * x).view(tokens, heads, -1)
         if layer.value_embed is not None:
@@ -303,13 +337,34 @@ class SpeedrunModel(nn.Module):
         x = mu["attention_x"] * x + mu["attention_y"] * attention(layer, u, value) + mu["attention_c0"] * c0
         if bigram is not None:
             x = x + mu["attention_bigram"] * bigram
-        return mu["mlp_x"] * x + mu["mlp_y"] * feed_forward(layer, x)
+        read = norm(x)
+        return mu["mlp_x"] * x + mu["mlp_y"] * feed_forward(layer, read), read
 
-    def _mudd_end(self, x: Tensor, values: Values, kept: dict[int, Tensor]) -> Tensor:
-        """After the last layer: what only served as context is taken out of the residual ("backout")."""
-        nu, last = self._mudd_values(1, x), len(self.layers) - 1
-        early, late = self.mudd_sources
-        x = x + nu["end_c0"] * kept[INPUT] + nu["end_c7"] * kept[late] + nu["end_c9"] * kept[last - 1]
-        if values is not None:
-            x = x + nu["end_value_0"] * values[0]
-        return x + nu["end_c3"] * kept[early]
+    def _mudd_end(
+        self, x: Tensor, values: Values, kept: dict[int, Tensor], read: Tensor, late: Tensor | None
+    ) -> Tensor:
+        """After the last layer: what only served as context is taken out of the residual ("backout").
+
+        Every token weighs the sources; with `grouped_mudd`, each group of channels differently. read, late: what the
+        last layer's MLP and attention read.
+        """
+        early, source = self.mudd_sources
+        found = {
+            "c0": kept[INPUT],
+            "c3": kept[early],
+            "c7": kept[source],
+            "c9": kept[len(self.layers) - 2],
+            "u": read,
+        }
+        found["late"] = norm(kept[source]) if late is None else late
+        found |= {f"value_{table}": rows for table, rows in enumerate(values or ())}
+        hidden, groups = F.gelu(F.linear(x, self.mudd_w1[1])), 1
+        count = len(self.end_sources)
+        weights = (F.linear(hidden, self.mudd_w2[1, :count]) + self.mudd_b2[1, :count])[..., None]
+        if self.config.grouped_mudd:
+            groups = self.size.mudd_groups
+            weights = weights + F.linear(hidden, self.mudd_groups.flatten(0, 1)).view(-1, count, groups)
+        mixed = x.view(x.shape[0], groups, -1)
+        for weight, name in zip((MUDD_SCALE * weights).unbind(1), self.end_sources, strict=True):
+            mixed = mixed + weight[..., None] * found[name].view(mixed.shape)
+        return mixed.view(x.shape)

@@ -1,7 +1,7 @@
 """Compiling ahead: the graphs of later stages in processes of their own, while the trainer compiles the first one's.
 
-A graph takes the better part of a minute in torch.compile, nearly all of it Python in one thread, and the run has four:
-three lane sizes and the validation. So each but the first gets a process, which leaves what it compiled in the node's
+A graph takes the better part of a minute in torch.compile, nearly all of it Python in one thread, and the run has five:
+four lane sizes and the validation. So each but the first gets a process, which leaves what it compiled in the node's
 compile caches, where the trainer finds it a little later. Such a process holds weights without values and launches
 nothing; one that fails costs a note, and the trainer compiles that graph itself.
 
@@ -52,12 +52,12 @@ class Graph:
 
 def graphs(config: Config, batches: TrainBatches, val_batches: ValBatches) -> list[Graph]:
     """The graphs of a run in the order in which `setup.warm_up` comes to them."""
-    found: dict[tuple[int, int], Graph] = {}
+    found: dict[int, Graph] = {}
     lanes_each = batches.layout.lanes
     for stage in schedule.stages(config):
         tokens = stage.batch_tokens // lanes_each
-        graph = Graph(stage.start, tokens, batches.boundaries(tokens), stage.max_document)
-        found.setdefault((stage.batch_tokens, stage.max_document), graph)
+        graph = Graph(stage.start, tokens, batches.boundaries(tokens), batches.longest(tokens))
+        found.setdefault(tokens, graph)
     size = val_batches.slice
     return [*found.values(), Graph(-1, size, val_batches.boundaries, size)]
 

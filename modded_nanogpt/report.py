@@ -64,5 +64,4 @@ def step_line(
 def flops_per_token(config: Config) -> float:
     """Of training: 6 for each weight of the layers' matrices and of the head; attention itself is left out."""
     size = layer_plan.size(config)
-    attention = 4 * size.width**2 * len(layer_plan.attention_layers(config))
-    return 6.0 * (attention + 2 * size.layers * size.width * size.mlp_width + size.padded_vocab * size.width)
+    return 6.0 * (layer_plan.matrix_weights(config) + size.padded_vocab * size.width)

@@ -1,6 +1,17 @@
 #!/usr/bin/env bash
-# The speedrun on this machine's GPUs (1, 2, 4 or 8), outside of SLURM or inside a job; flags go to the trainer.
-#   cd modded_nanogpt && ./run.sh                     NUM_GPUS=2 ./run.sh --out_dir=../out/two-gpus
+# The speedrun on this machine's GPUs. With fewer than 8 of them, change the 8 in the last line to 4, 2 or 1: a step is
+# the same for any number. FineWeb's tokens are downloaded first where they are missing. Flags go to the trainer.
+#   cd modded_nanogpt && ./run.sh                     ./run.sh snapshot --seed=2 --out_dir=../out/second
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-exec bash "$root/slurm/lib/run.sh" modded_nanogpt.train_gpt "$@"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source-path=SCRIPTDIR source=../slurm/lib/common.sh
+. "$here/../slurm/lib/common.sh"
+
+place=$(flag_of data_root "$@")
+place=${place:-$(data_root)}
+folder=$place/fineweb10B
+if [ -z "$(flag_of dataset "$@")" ] && ! [[ " $* " =~ " -h "|" --help " ]] && [ ! -e "$folder/manifest.json" ] &&
+    ! compgen -G "$folder/*_train_*.bin" >/dev/null; then
+    python "$here/data/cached_fineweb10B.py" --data_root="$place"
+fi
+exec torchrun --standalone --nproc_per_node=8 "$here/train_gpt.py" "$@"

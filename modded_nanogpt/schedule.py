@@ -1,11 +1,12 @@
 """What changes from step to step, as pure functions of the configuration and the step.
 
-A run is cut into equal stages with larger and larger batches and attention windows, then an extension at the last
-learning rate. Everything a step needs is one `StepPlan`; nothing here keeps state, so a resumed run continues exactly.
+A run is cut into stages with larger and larger batches and attention windows, then an extension at the last learning
+rate. Everything a step needs is one `StepPlan`; nothing here keeps state, so a resumed run continues exactly.
 Windows and document lengths are in tokens, learning rates are factors of the base rates in the config.
 
 Sources: the batch and window schedules of records 29, 31, 39 and 46 of the modded-nanogpt speedrun, multi-token
-prediction (53), prefix prediction (88), the learning-rate floor and short first documents (72).
+prediction (53), prefix prediction (88), the learning-rate floor and short first documents (72), unequal
+stages, the taper and the small batches at the end (92).
 """
 
 import math
@@ -40,6 +41,9 @@ class Stage:
     lr_factor: float
     mtp: tuple[Ramp, Ramp, Ramp] = MTP_ONE  # loss weights of the next, second next and third next token
     prefix: Ramp = (0.0, 0.0)  # loss weight of the target's longest prefix token
+    prefix_levels: int = (
+        0  # in so many equal parts of the stage it stays, each time at the part's beginning; 0: linear
+    )
     start: int = 0
     end: int = 0
 
@@ -50,14 +54,18 @@ class Recipe:
 
     steps: int  # scheduled ones
     extension_steps: int
-    stages: tuple[Stage, ...]  # of equal length
+    stages: tuple[Stage, ...]
     extension: Stage
+    ends: tuple[int, ...]  # of the stages, in parts of which the last one's end is the whole
     final_window: tuple[int, int]  # short and long of the last validation, in tokens
     untie_after: int  # stages with tied embeddings
     constant_batch: int  # the stage whose batch and learning rate hold without a batch schedule
     yarn_limit: int  # tokens; wider windows do not move the rotary frequencies any more
     target_loss: float  # 0: none
     boundary_up: bool = False  # stage boundaries are rounded up, not to the nearest step
+    attention_cap: int = (
+        0  # tokens; longer documents are cut into segments for attention alone; 0: they are not
+    )
 
 
 def _blocks(
@@ -85,6 +93,7 @@ def _medium(
         extension_steps=extension_steps,
         stages=stages,
         extension=replace(stages[-1], name="extension"),
+        ends=tuple(range(1, 13)),
         final_window=(11 * block, 27 * block),
         untie_after=2,
         constant_batch=11,
@@ -94,38 +103,80 @@ def _medium(
     )
 
 
-STAGES: dict[str, Recipe] = {
-    "record": Recipe(
-        steps=1270,
-        extension_steps=15,
+def _thirds(steps: int, extension_steps: int, first_document: int) -> Recipe:
+    """Three stages and an extension; documents of the first stage are cut at `first_document` tokens."""
+    return Recipe(
+        steps=steps,
+        extension_steps=extension_steps,
         stages=(
-            _blocks("1", 131_072, 896, 1, 3, 1.0, MTP_THREE, (0.25, 0.25)),
+            _blocks("1", 131_072, first_document, 1, 3, 1.0, MTP_THREE, (0.25, 0.25)),
             _blocks("2", 262_144, 2048, 3, 7, 1.52, MTP_TWO, (0.25, 0.0)),
             _blocks("3", 393_216, 2048, 5, 11, 1.73),
         ),
         extension=_blocks("extension", 393_216, 2048, 6, 13, 1.73),
+        ends=(1, 2, 3),
         final_window=(6 * BLOCK, 20 * BLOCK),
         untie_after=2,
         constant_batch=1,
         yarn_limit=13 * BLOCK,
         target_loss=3.28,
+    )
+
+
+_TINY = Recipe(
+    steps=48,
+    extension_steps=3,
+    stages=(
+        Stage("1", 2048, 96, 16, 32, 1.0, MTP_THREE, (0.25, 0.25)),
+        Stage("2", 4096, 256, 16, 48, 1.52, MTP_TWO, (0.25, 0.0)),
+        Stage("3", 6144, 256, 24, 56, 1.73),
     ),
-    "medium": _medium(4700, 40, batch=131_072, document=4096, block=BLOCK, target_loss=2.92),
-    "tiny": Recipe(
-        steps=48,
-        extension_steps=3,
+    extension=Stage("extension", 6144, 256, 32, 64, 1.73),
+    ends=(1, 2, 3),
+    final_window=(32, 96),
+    untie_after=2,
+    constant_batch=1,
+    yarn_limit=64,
+    target_loss=0.0,
+)
+
+STAGES: dict[str, Recipe] = {
+    "record": Recipe(
+        steps=1174,
+        extension_steps=20,
         stages=(
-            Stage("1", 2048, 96, 16, 32, 1.0, MTP_THREE, (0.25, 0.25)),
-            Stage("2", 4096, 256, 16, 48, 1.52, MTP_TWO, (0.25, 0.0)),
-            Stage("3", 6144, 256, 24, 56, 1.73),
+            _blocks("1", 131_072, 896, 1, 3, 1.0, MTP_THREE, (0.25, 0.25)),
+            _blocks("2", 262_144, 2048, 3, 7, 1.52, MTP_TWO, (0.2, 0.0), 4),
+            _blocks("3", 393_216, 3072, 5, 11, 1.73),
+            _blocks("taper", 327_680, 3072, 5, 11, 1.579),
         ),
-        extension=Stage("extension", 6144, 256, 32, 64, 1.73),
-        final_window=(32, 96),
-        untie_after=2,
+        extension=_blocks("extension", 131_072, 3072, 6, 13, 1.0),
+        ends=(320, 681, 1107, 1174),
+        final_window=(6 * BLOCK, 20 * BLOCK),
+        untie_after=4,
         constant_batch=1,
-        yarn_limit=64,
-        target_loss=0.0,
+        yarn_limit=13 * BLOCK,
+        target_loss=3.28,
+        attention_cap=2560,
     ),
+    "record89": _thirds(1270, 15, first_document=896),
+    "snapshot": _thirds(1515, 40, first_document=2048),
+    "medium": _medium(4700, 40, batch=131_072, document=4096, block=BLOCK, target_loss=2.92),
+    "tiny": replace(
+        _TINY,
+        stages=(
+            _TINY.stages[0],
+            replace(_TINY.stages[1], prefix=(0.2, 0.0), prefix_levels=4),
+            _TINY.stages[2],
+            replace(_TINY.stages[2], name="taper", batch_tokens=4096, lr_factor=1.52),
+        ),
+        extension=replace(_TINY.extension, batch_tokens=2048, lr_factor=1.0),
+        ends=(13, 28, 44, 48),
+        untie_after=4,
+        attention_cap=192,
+    ),
+    "tiny_record89": _TINY,
+    "tiny_snapshot": _TINY,
     "tiny_medium": _medium(48, 3, batch=1024, document=256, block=8, target_loss=0.0),
 }
 
@@ -140,7 +191,7 @@ class StepPlan:
     max_document: int
     short_window: int  # tokens
     long_window: int
-    yarn_window: int  # the long window that the rotary frequencies are made for (see `yarn_windows`)
+    yarn_window: tuple[int, int]  # the windows that the rotary frequencies are made for (see `yarn_windows`)
     lr: float  # factor of the base learning rates
     momentum: float  # of Muon
     mtp: tuple[float, float, float]
@@ -163,14 +214,12 @@ def total_steps(config: "Config") -> int:
 
 
 def stages(config: "Config") -> tuple[Stage, ...]:
-    """The stages with their steps, the extension last (left out when it has no steps)."""
+    """The stages with their steps, the extension last; those without a step are left out."""
     recipe, steps = STAGES[config.recipe], scheduled_steps(config)
-    count = len(recipe.stages)
-    ends = [_boundary(recipe, steps, k) for k in range(count + 1)]
+    ends = [_boundary(recipe, steps, k) for k in range(len(recipe.stages) + 1)]
     found = [replace(stage, start=ends[k], end=ends[k + 1]) for k, stage in enumerate(recipe.stages)]
-    if total_steps(config) > steps:
-        found.append(replace(recipe.extension, start=steps, end=total_steps(config)))
-    return tuple(_without_techniques(stage, recipe, config) for stage in found)
+    found.append(replace(recipe.extension, start=steps, end=total_steps(config)))
+    return tuple(_without_techniques(stage, recipe, config) for stage in found if stage.start < stage.end)
 
 
 def at(config: "Config", step: int) -> StepPlan:
@@ -191,7 +240,7 @@ def at(config: "Config", step: int) -> StepPlan:
         lr=learning_rate(config, step),
         momentum=momentum(config, step),
         mtp=tuple(_along(ramp, part) for ramp in stage.mtp),
-        prefix=_along(stage.prefix, part),
+        prefix=_along(stage.prefix, _level(part, stage.prefix_levels)),
         adam=is_adam_step(config, step),
         tied=config.embedding != "untied" and (untie_step is None or step <= untie_step),
         untie=step == untie_step,
@@ -234,17 +283,23 @@ def untying_step(config: "Config") -> int | None:
     return step + (config.adam_every - 1 - step) % config.adam_every
 
 
-def yarn_windows(config: "Config", step: int) -> tuple[int, ...]:
-    """The long windows up to `step`, each once, that the rotary frequencies went through: a YaRN update lies
-    between two neighbours. One window only without YaRN, or when the windows do not change.
+def yarn_windows(config: "Config", step: int) -> tuple[tuple[int, int], ...]:
+    """The (short, long) windows up to `step` that the rotary frequencies went through: a YaRN update lies between two
+    neighbours. One pair only without YaRN, or when the windows do not change.
     """
     limit = STAGES[config.recipe].yarn_limit
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
     for stage in stages(config):
-        moves = config.yarn and stage.long_window <= limit and stage.long_window != (seen or [0])[-1]
+        pair = (stage.short_window, stage.long_window)
+        moves = config.yarn and stage.long_window <= limit and bool(seen) and pair[1] != seen[-1][1]
         if stage.start <= max(step, 0) and (moves or not seen):
-            seen.append(stage.long_window)
+            seen.append(pair)
     return tuple(seen)
+
+
+def attention_cap(config: "Config") -> int:
+    """Attention does not look across every so many tokens of a document in training; 0: no such borders."""
+    return STAGES[config.recipe].attention_cap if config.attention_cap else 0
 
 
 def final_window(config: "Config") -> tuple[int, int]:
@@ -254,8 +309,13 @@ def final_window(config: "Config") -> tuple[int, int]:
 
 def _boundary(recipe: Recipe, steps: int, k: int) -> int:
     """The step at which stage number k (from 0) begins."""
-    count = len(recipe.stages)
-    return math.ceil(k * steps / count) if recipe.boundary_up else round(k * steps / count)
+    ends = (0, *recipe.ends)
+    return math.ceil(ends[k] * steps / ends[-1]) if recipe.boundary_up else round(ends[k] * steps / ends[-1])
+
+
+def _level(part: float, levels: int) -> float:
+    """`part`, from 0 to 1, rounded down to one of so many levels."""
+    return math.floor(part * levels) / levels if levels else part
 
 
 def _along(ramp: Ramp, part: float) -> float:

@@ -17,20 +17,37 @@ from modded_nanogpt.batches import TrainBatches, ValBatches
 from modded_nanogpt.clock import Clock
 from modded_nanogpt.compile_cache import CompileCache, environment
 from modded_nanogpt.config import FREE, Config
+from modded_nanogpt.fast.capture import Recorder
 from modded_nanogpt.kernels import fp8
 from modded_nanogpt.kernels.mlp import Fp8Mlp
-from modded_nanogpt.lanes import NEW_PROGRESS, State, eval_lane, lane_loss, lane_losses, train_lane
+from modded_nanogpt.lanes import (
+    NEW_PROGRESS,
+    State,
+    eval_lane,
+    lane_kinds,
+    lane_loss,
+    lane_losses,
+    lasting_tensors,
+    record_lane,
+    train_lane,
+)
 from modded_nanogpt.model import SpeedrunModel
-from modded_nanogpt.model_medium import MediumModel
+from modded_nanogpt.model_medium import MediumModel, SnapshotModel
 from modded_nanogpt.optim.sharded import Optimizer
 from modded_nanogpt.precompile import Ahead, Graph, graphs, worth_it
-from nanogpt.common.errors import NonFiniteError
+from nanogpt.common.errors import NonFiniteError, UserError
 from nanogpt.common.ranks import Ranks
 from nanogpt.common.rundir import RunDir
 from nanogpt.common.shards import data_root
 from nanogpt.common.training import latest_checkpoint, repeat_exactly, write_checkpoint
 
-MODELS = {"record": SpeedrunModel, "medium": MediumModel}  # by `layer_plan.Size.make`
+# By `layer_plan.Size.make`.
+MODELS = {
+    "record": SpeedrunModel,
+    "record89": SpeedrunModel,
+    "snapshot": SnapshotModel,
+    "medium": MediumModel,
+}
 # Graphs that may be compiled: one a lane size, and tests with many; attention windows are no part of a graph.
 GRAPHS = 64
 NOT_IN_GRAPHS = {"seed", *FREE} - {"attention", "compile", "deterministic"}
@@ -73,6 +90,22 @@ def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor
         model.fp8 is not None, compiled, *_vocabulary_tables(config, model, device), model.fp8 and model.fp8.tensors(),
         low_precision.why,
     )  # fmt: skip
+
+
+def record_graphs(
+    config: Config, state: State, ranks: Ranks, batches: TrainBatches, say: Callable[[str], None]
+) -> None:
+    """With --capture: every kind of lane of the run as a CUDA graph. Lanes of these sizes have been called before."""
+    if config.capture == "false" or ranks.device.type != "cuda":
+        if config.capture == "true":
+            raise UserError(f"--capture=true: needs a GPU, the device is {ranks.device}; use --capture=auto")
+        return
+    began, recorder = time.perf_counter(), Recorder(ranks.device, partial(lasting_tensors, state))
+    for step in lane_kinds(config):
+        record_lane(state, recorder, ranks, batches.get(step.step, 0), step)
+    recorder.seal()
+    state.recorder = recorder  # from here on lanes are replayed
+    say(f"warm-up: {len(recorder.recordings)} CUDA graphs of lanes after {time.perf_counter() - began:.1f} s")
 
 
 def restore_caches(config: Config, run: RunDir, ranks: Ranks) -> CompileCache | None:
@@ -158,6 +191,7 @@ def warm_up(
         say(
             f"warm-up: lanes of {batch.inputs.numel():,} tokens ready after {time.perf_counter() - began:.1f} s"
         )
+    record_graphs(config, state, ranks, batches, say)
     if ahead:
         ahead.wait(eval_graph)
     for batch, _ in val_batches:

@@ -31,20 +31,20 @@ def look_up(model: SpeedrunModel, batch: Batch, tied: bool, train: bool) -> Rows
 
 
 @torch.no_grad()
-def add_gradients(model: SpeedrunModel, batch: Batch, rows: Rows, tied: bool) -> None:
-    """Add the gradients that `backward` left in `rows` to those of the tables. Call it after `backward`.
+def add_gradients(model: SpeedrunModel, batch: Batch, gradients: Rows, tied: bool) -> None:
+    """Add the gradients of looked-up rows to those of the tables.
 
     The optimizer keeps and clears the gradients of the tables; that of the head is autograd's.
     """
-    add_rows_(_gradient(model.head if tied else model.embed), rows.embed.grad, batch.token_runs)
-    if rows.second is not None:
-        add_rows_(_gradient(model.embed2), rows.second.grad, batch.token_runs)
-    if rows.value is not None:
+    add_rows_(_gradient(model.head if tied else model.embed), gradients.embed, batch.token_runs)
+    if gradients.second is not None:
+        add_rows_(_gradient(model.embed2), gradients.second, batch.token_runs)
+    if gradients.value is not None:
         tables = _gradient(model.value_embeds).view(model.size.value_tables, model.size.padded_vocab, -1)
-        for table, part in zip(tables, rows.value.grad, strict=True):
+        for table, part in zip(tables, gradients.value, strict=True):
             add_rows_(table, part, batch.token_runs)
-    if rows.bigram is not None:
-        add_rows_(_gradient(model.bigram), rows.bigram.grad, batch.bigram_runs)
+    if gradients.bigram is not None:
+        add_rows_(_gradient(model.bigram), gradients.bigram, batch.bigram_runs)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

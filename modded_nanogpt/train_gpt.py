@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node=8 modded_nanogpt/train_gpt.py        # or: cd modded_nanogpt && ./run.sh
     python -m modded_nanogpt.train_gpt --check=true                             # what would run, without a GPU
     python -m modded_nanogpt.train_gpt tiny --dataset=python_source --vocab_size=128 --prefix=false      # on a CPU
-    torchrun --standalone --nproc_per_node=8 -m modded_nanogpt.train_gpt --dc=false --out_dir=out/without-dc
+    torchrun --standalone --nproc_per_node=8 -m modded_nanogpt.train_gpt --xsa=false --out_dir=out/without-xsa
 
 The clock runs from the first step to the last and stands while the model is validated; compiling and warming up come
 before it. The run directory (--out_dir) is described in docs/run-directory.md, the techniques in docs/speedrun.md.

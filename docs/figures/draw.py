@@ -38,7 +38,7 @@ def draw_schedule(path: Path) -> None:
         for stage in schedule.stages(config)[1:]:
             axes.axvline(stage.start, color="gray", linewidth=0.6, linestyle=":")
     untie = schedule.untying_step(config)
-    panels[1].annotate("embedding leaves the head", (untie, 270), xytext=(untie + 25, 180), fontsize=8,
+    panels[1].annotate("embedding leaves the head", (untie, 200), xytext=(untie - 470, 60), fontsize=8,
                        arrowprops={"arrowstyle": "-", "linewidth": 0.6})  # fmt: skip
     panels[-1].set_xlabel("step")
     figure.savefig(path, dpi=110)

@@ -7,7 +7,7 @@ summed axes is needed in two layouts: `quantise` writes both in one pass, and fi
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -63,9 +63,9 @@ def _none(wanted: str, why: str) -> Choice:
     return Choice(False, False, why)
 
 
-@lru_cache(maxsize=64)
+@cache
 def constant(value: float, device: torch.device) -> Tensor:
-    """A float32 scalar on the device, made once: what a product takes as a fixed scale."""
+    """A float32 scalar on the device, made once and kept (graphs read it): what a product takes as a fixed scale."""
     return torch.full((), value, dtype=torch.float32, device=device)
 
 

@@ -8,7 +8,7 @@ largest entry of the step before, which the same kernel finds while it writes bo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -108,6 +108,12 @@ class Fp8Mlp:
             if rows is not None or columns is not None:
                 scale, largest = self.weight_scale[index::2], self.weight_largest[index::2]
                 quantise(self.bank[:, index], scale, rows, columns, largest)
+
+    def lasting(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of everything that products read or change."""
+        for place, layer in enumerate(self.layers):
+            parts = layer._asdict().items()
+            yield from ((f"fp8 {name} {place}", part) for name, part in parts if part is not None)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs, taken after a refresh: the scales now in use."""

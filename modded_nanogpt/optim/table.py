@@ -1,7 +1,7 @@
 """What each parameter gets: one row a name. Standard library only.
 
-The multipliers and betas are those of modded-nanogpt's record 89. Low first betas on embeddings: a rare token gets one
-large gradient in about a hundred updates, and a long memory would go on pushing it long after.
+The multipliers and betas are those of modded-nanogpt's records 89 and 92. Low first betas on embeddings: a rare token
+gets one large gradient in about a hundred updates, and a long memory would go on pushing it long after.
 """
 
 from collections.abc import Iterable
@@ -56,6 +56,7 @@ _TABLE = {
     "mudd_w1": Row("whole", lr=0.25, decay=1.0),
     "mudd_w2": Row("whole", lr=0.25, decay=1.0),
     "mudd_b2": Row("whole", lr=0.25),
+    "mudd_groups": Row("whole", lr=0.25, decay=1.0),
     "gate_w1": Row("whole", lr=0.1, decay=1.0),
     "gate_w2": Row("whole", lr=0.1, decay=1.0),
     "gate_b2": Row("whole", lr=0.1),
@@ -72,6 +73,19 @@ _MEDIUM = {
     **{name: Row("whole", lr=2.0, epsilon=1e-8) for name in ("scalars", "residual_lambdas", "input_lambdas")},
     **{name: replace(_TABLE[name], betas=(0.8, 0.95), epsilon=1e-8) for name in _MEDIUM_TABLES},
 }
+
+# The snapshot's: sigmoid gates and plain factors instead of the small networks'.
+_SNAPSHOT = {
+    **_TABLE,
+    "attention_gates": Row("whole", decay=1.0),
+    "skip_gates": Row("whole", lr=0.05),
+    "residual_lambdas": Row("whole", lr=5.0),
+    "bigram_lambdas": Row("whole", lr=5.0),
+    "input_lambdas": Row("whole", lr=5.0, betas=(0.65, 0.95)),
+}
+# Record 92's value embeddings learn a little more slowly.
+_RECORD = _TABLE | {"value_embeds": replace(_TABLE["value_embeds"], lr=70.0)}
+_BY_MAKE = {"record": _RECORD, "record89": _TABLE, "medium": _MEDIUM, "snapshot": _SNAPSHOT}
 
 # The order in which a step sends gradients off, and in which it then updates and sends weights back. "small" stands
 # for all parameters that are kept whole: they travel in one message. Matrices go first and are worked on last, so that
@@ -111,7 +125,7 @@ UPDATE_ORDER = (
 
 def table(config: "Config", names: Iterable[str]) -> dict[str, Row]:
     """The rows of the parameters `names`, in the table's order. ValueError for a name without a row."""
-    rows = _MEDIUM if SIZES[config.recipe].make == "medium" else _TABLE
+    rows = _BY_MAKE[SIZES[config.recipe].make]
     names = set(names)
     if names - rows.keys():
         unknown = ", ".join(sorted(names - rows.keys()))

@@ -10,19 +10,37 @@ import pytest
 import torch
 
 from modded_nanogpt import batches as batches_module
-from modded_nanogpt.batches import TrainBatches, ValBatches, bigram_rows, boundaries, sign_rows, tokens_needed
-from modded_nanogpt.config import Config
+from modded_nanogpt.batches import (
+    TrainBatches,
+    ValBatches,
+    bigram_rows,
+    boundaries,
+    piece_ends,
+    sign_rows,
+    tokens_needed,
+)
+from modded_nanogpt.config import PRESETS, Config
 from modded_nanogpt.data_plan import find_documents, plan_data
 from modded_nanogpt.kernels.embedding import Runs
 from modded_nanogpt.schedule import at, stages, total_steps
 from nanogpt.common.errors import UserError
+from nanogpt.common.flags import parse
 from nanogpt.common.manifest import write_manifest
 from nanogpt.common.shards import TokenSet, open_token_set, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 EOT = 50_256
-SMALL = Config(recipe="tiny", steps=12, extension_steps=2, dataset="random", eval_tokens=900, eval_slice=256)
+
+
+def record89(*flags: str) -> Config:
+    return parse(Config, ["record89", *flags], prog="t", description="t", presets=PRESETS)
+
+
+SMALL = record89(
+    "--recipe=tiny_record89", "--steps=12", "--extension_steps=2", "--dataset=random", "--eval_tokens=900",
+    "--eval_slice=256",
+)  # fmt: skip
 
 
 def random_text(rng: np.random.Generator, tokens: int) -> np.ndarray:
@@ -101,11 +119,30 @@ def test_every_step_is_what_the_rules_say(token_set):
             ends = [0, *(min(end, size) for end in documents[lane])]
             filled = batch.cu_seqlens.tolist()
             assert filled[: len(ends)] == ends and set(filled[len(ends) :]) <= {size}
-            assert batch.max_document == plan.max_document >= int(batch.cu_seqlens.diff().max())
+            assert batch.max_document == 256 >= int(batch.cu_seqlens.diff().max())
             assert batch.inputs[
                 batch.cu_seqlens[:-1][batch.cu_seqlens.diff() > 0].long()
             ].unique().tolist() == [EOT]
     assert ours.state() == {"step": step + 1, "shard": state[0], "document": state[1]}
+
+
+def test_attention_keeps_pieces_of_long_documents_apart(token_set):
+    """Record 92's cap, here 192 tokens: further borders in cu_seqlens, and nothing else is changed."""
+    assert piece_ends(np.array([5, 4, 13]), 4).tolist() == [4, 5, 9, 13, 17, 21, 22]
+    assert piece_ends(np.array([5, 4]), 0).tolist() == [5, 9]
+    kept = Config(recipe="tiny", steps=12, extension_steps=2, dataset="random", data_passes=9, eval_tokens=900,
+                  eval_slice=256)  # fmt: skip
+    capped, plain = (
+        TrainBatches(token_set, dataclasses.replace(kept, attention_cap=on), 0, 1, CPU)
+        for on in (True, False)
+    )
+    for step in (0, 5, 13):
+        with_cap, without = capped.get(step, 3), plain.get(step, 3)
+        assert torch.equal(with_cap.inputs, without.inputs) and torch.equal(with_cap.targets, without.targets)
+        lengths = without.cu_seqlens.diff()
+        ends = [0, *piece_ends(lengths[lengths > 0].numpy(), 192).tolist()]
+        assert with_cap.cu_seqlens.unique().tolist() == ends
+        assert with_cap.cu_seqlens.diff().max() <= with_cap.max_document <= 192
 
 
 def test_a_step_that_does_not_fit_is_dropped_whole(tmp_path):
@@ -215,7 +252,7 @@ def test_too_little_data_is_refused_before_training(tmp_path):
         plan_data(token_set, dataclasses.replace(SMALL, data_passes=2))
     published = make_set(tmp_path, [random_text(rng, 30_000)], random_text(rng, 2000), name="fineweb10B")
     with pytest.raises(UserError, match=r"cached_fineweb10B.py \d+ --set=fineweb10B, or train fewer"):
-        plan_data(published, Config(data_passes=1, recipe="tiny", steps=50))
+        plan_data(published, dataclasses.replace(SMALL, dataset="fineweb10B", steps=50))
     tiny = make_set(tmp_path / "tiny", [random_text(rng, 900)], random_text(rng, 2000))
     for passes in (1, 9):  # not even one step: repeating would go on forever
         with pytest.raises(UserError, match="last for 0 of 14 steps"):
@@ -336,7 +373,8 @@ def test_validation_that_is_too_short_is_refused(token_set):
 
 
 def test_estimate_of_the_tokens_needed():
-    assert 415e6 < tokens_needed(Config()) < 435e6  # the record goes through some 420 to 430 M
+    assert 415e6 < tokens_needed(record89()) < 435e6  # it goes through some 420 to 430 M
+    assert 390e6 < tokens_needed(Config()) < 410e6  # four shards are enough for record 92
 
 
 def test_documents_are_found_across_the_pieces_of_a_shard(tmp_path, monkeypatch):
@@ -368,7 +406,7 @@ def test_a_real_text(tmp_path):
     with lzma.open(CORPUS) as file:
         text = np.frombuffer(file.read(), "<u2", offset=1024).copy()
     token_set = make_set(tmp_path, [text], text[:5000])
-    config = Config(steps=3, extension_steps=0, dataset="random", data_passes=9)
+    config = record89("--steps=3", "--extension_steps=0", "--dataset=random", "--data_passes=9")
     ours, state, shards = TrainBatches(token_set, config, 0, 1, CPU), (0, 0), [text.tolist()]
     for step in range(3):
         plan = at(config, step)

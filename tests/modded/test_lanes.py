@@ -19,7 +19,12 @@ VOCAB, TOKENS = 512, 96
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-PRESET = {"tiny": ["tiny"], "tiny_medium": ["medium", "--recipe=tiny_medium"]}
+PRESET = {
+    "tiny": ["tiny"],
+    "tiny_record89": ["record89", "--recipe=tiny_record89"],
+    "tiny_snapshot": ["snapshot", "--recipe=tiny_snapshot"],
+    "tiny_medium": ["medium", "--recipe=tiny_medium"],
+}
 
 
 def small(*flags: str, recipe: str = "tiny") -> Config:

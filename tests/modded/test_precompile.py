@@ -38,6 +38,7 @@ class Batches:
 
     def __init__(self, config: Config) -> None:
         self.layout, self.slice, self.boundaries = resolve(config, 1), config.eval_slice, boundaries
+        self.longest = lambda tokens: 2560
 
 
 def test_the_graphs_of_track_1_in_the_order_of_the_warm_up():
@@ -46,11 +47,12 @@ def test_the_graphs_of_track_1_in_the_order_of_the_warm_up():
     batches.boundaries, val_batches.boundaries = BOUNDARIES.__getitem__, 896
     found = graphs(config, batches, val_batches)
     assert [(graph.tokens, graph.boundaries, graph.max_document) for graph in found] == [
-        (16_384, 64, 896), (32_768, 96, 2048), (49_152, 128, 2048), (262_144, 896, 262_144)
+        (16_384, 64, 2560), (32_768, 96, 2560), (49_152, 128, 2560), (40_960, 128, 2560), (262_144, 896, 262_144)
     ]  # fmt: skip
     steps = [graph.step for graph in found]
-    assert steps[0] == 0 and steps == [*sorted(steps[:3]), -1]
-    assert [schedule.at(config, step).batch_tokens // 8 for step in steps[:3]] == [16_384, 32_768, 49_152]
+    assert steps[0] == 0 and steps == [*sorted(steps[:4]), -1]
+    sizes = [schedule.at(config, step).batch_tokens // 8 for step in steps[:4]]
+    assert sizes == [16_384, 32_768, 49_152, 40_960]
 
 
 def test_a_blank_lane_has_the_shapes_of_a_real_one():
@@ -161,7 +163,7 @@ def test_what_was_compiled_is_known_to_the_same_code_alone(tmp_path, monkeypatch
     cache.keep(key)
     assert cache.holds(key)
     assert cache.holds(setup.graphs_key(configured("record", "--seed=5", "--save_minutes=3"), [GRAPH]))
-    assert not cache.holds(setup.graphs_key(configured("record", "--dc=false"), [GRAPH]))
+    assert not cache.holds(setup.graphs_key(configured("record", "--xsa=false"), [GRAPH]))
     assert not cache.holds(setup.graphs_key(config, [Graph(0, 512, 32, 128)]))
     assert not CompileCache(tmp_path / "archives", "e" * 12, "6" * 64, said.append).holds(key)
     monkeypatch.setenv(compiler.FOLDERS["inductor"], str(tmp_path / "another-node"))

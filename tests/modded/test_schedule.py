@@ -1,4 +1,4 @@
-"""The schedule against the published figures of record 89, of the medium track's record, and of a scaled-down run."""
+"""The schedule against the published figures of records 92 and 89, of the medium track's, and of a scaled-down run."""
 
 import dataclasses
 import math
@@ -11,16 +11,51 @@ from modded_nanogpt.config import PRESETS, Config
 from modded_nanogpt.schedule import at, final_window, stages, total_steps, untying_step, yarn_windows
 from nanogpt.common.flags import parse
 
-RECORD = Config()
-SCALED = Config(steps=105, extension_steps=6)
-MEDIUM = parse(Config, ["medium"], prog="", description="", presets=PRESETS)
+
+def preset(*words: str) -> Config:
+    return parse(Config, list(words), prog="", description="", presets=PRESETS)
+
+
+LATEST, RECORD, MEDIUM = Config(), preset("record89"), preset("medium")
+SCALED = preset("record89", "--steps=105", "--extension_steps=6")
 
 
 def bounds(config: Config) -> list[tuple[int, int]]:
     return [(stage.start, stage.end) for stage in stages(config)]
 
 
-def test_the_records_stages():
+def test_the_latest_records_stages():
+    """Section 6 of the specification of records 90 to 92."""
+    assert bounds(LATEST) == [(0, 320), (320, 681), (681, 1107), (1107, 1174), (1174, 1194)]
+    assert [stage.batch_tokens for stage in stages(LATEST)] == [131_072, 262_144, 393_216, 327_680, 131_072]
+    assert [stage.max_document for stage in stages(LATEST)] == [896, 2048, 3072, 3072, 3072]
+    assert sum((s.end - s.start) * s.batch_tokens for s in stages(LATEST)) == 328_663_040
+    windows = [(stage.short_window // 128, stage.long_window // 128) for stage in stages(LATEST)]
+    assert windows == [(1, 3), (3, 7), (5, 11), (5, 11), (6, 13)] and final_window(LATEST) == (768, 2560)
+    assert untying_step(LATEST) == 1175 and schedule.attention_cap(LATEST) == 2560
+    assert schedule.attention_cap(RECORD) == 0 == schedule.attention_cap(Config(attention_cap=False))
+    short = Config(steps=105, extension_steps=6)
+    assert bounds(short) == [(0, 29), (29, 61), (61, 99), (99, 105), (105, 111)]
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [
+        (233, 1.0), (319, 0.937), (320, 1.408), (514, 1.157), (680, 0.941), (681, 1.050), (800, 0.869), (964, 0.620),
+        (1106, 0.403), (1107, 0.391), (1173, 0.301), (1174, 0.30), (1193, 0.30),
+    ],
+)  # fmt: skip
+def test_the_latest_records_learning_rates(step, factor):
+    assert at(LATEST, step).lr == pytest.approx(factor, abs=6e-4)
+
+
+def test_the_latest_records_loss_weights():
+    levels = [at(LATEST, step).prefix for step in (0, 319, 320, 410, 411, 680, 681)]
+    assert levels == pytest.approx([0.25, 0.25, 0.20, 0.20, 0.15, 0.05, 0.0])
+    assert at(LATEST, 500).mtp == pytest.approx((1.0, 0.5 * (1 - 180 / 361), 0.0))
+
+
+def test_record_89s_stages():
     assert bounds(RECORD) == [(0, 423), (423, 847), (847, 1270), (1270, 1285)]
     assert total_steps(RECORD) == 1285
     assert [stage.batch_tokens for stage in stages(RECORD)] == [131_072, 262_144, 393_216, 393_216]
@@ -62,7 +97,9 @@ def test_momentum():
     assert at(RECORD, 1284).momentum == pytest.approx(0.852)
     # A run shorter than the warm-up goes on warming up.
     assert [at(SCALED, step).momentum for step in (60, 110)] == pytest.approx([0.87, 0.85 + 0.1 * 110 / 300])
-    assert {at(Config(momentum_schedule=False), step).momentum for step in range(0, 1285, 7)} == {0.95}
+    assert {
+        at(preset("record89", "--momentum_schedule=false"), step).momentum for step in range(0, 1285, 7)
+    } == {0.95}
 
 
 def test_loss_weights():
@@ -80,12 +117,13 @@ def test_adam_and_the_embedding():
     assert untying_step(RECORD) == 847
     assert [step for step in range(1285) if at(RECORD, step).untie] == [847]
     assert at(RECORD, 847).tied and not at(RECORD, 848).tied
-    assert all(at(Config(adam_every=1), step).adam for step in range(5))
-    assert not any(at(Config(embedding="tied"), step).untie for step in range(1285))
-    assert at(Config(embedding="tied"), 1284).tied
-    assert not at(Config(embedding="untied"), 0).tied and untying_step(Config(embedding="untied")) is None
+    assert all(at(preset("record89", "--adam_every=1"), step).adam for step in range(5))
+    assert not any(at(preset("record89", "--embedding=tied"), step).untie for step in range(1285))
+    assert at(preset("record89", "--embedding=tied"), 1284).tied
+    untied = preset("record89", "--embedding=untied")
+    assert not at(untied, 0).tied and untying_step(untied) is None
     for every in (1, 2, 3, 4):
-        config = Config(adam_every=every)
+        config = preset("record89", f"--adam_every={every}")
         step = untying_step(config)
         assert at(config, step).adam and 847 <= step < 847 + every
 
@@ -105,19 +143,19 @@ def test_the_scaled_run_that_was_measured():
 
 
 def test_yarn_follows_the_long_window():
-    assert yarn_windows(RECORD, 0) == (384,)
-    assert yarn_windows(RECORD, 846) == (384, 896)
-    assert yarn_windows(RECORD, 1285) == (384, 896, 1408, 1664)
-    assert at(RECORD, 1284).yarn_window == 1664
-    # The softmax scale that these windows give in the record: 0.1, 0.11695, 0.12752, 0.13178.
+    pairs = ((128, 384), (384, 896), (640, 1408), (768, 1664))
+    assert yarn_windows(RECORD, 0) == pairs[:1]
+    assert yarn_windows(RECORD, 846) == pairs[:2]
+    assert yarn_windows(RECORD, 1285) == pairs == yarn_windows(LATEST, 1194)
+    assert at(RECORD, 1284).yarn_window == pairs[3]
+    # The softmax scale that these windows give in record 89: 0.1, 0.11695, 0.12752, 0.13178.
     scale, seen = 0.1, []
-    windows = yarn_windows(RECORD, 1285)
-    for old, new in pairwise(windows):
+    for (_, old), (_, new) in pairwise(pairs):
         scale *= 1 + 0.2 * math.log(new / old)
         seen.append(scale)
     assert seen == pytest.approx([0.11695, 0.12752, 0.13178], abs=1e-5)
-    assert yarn_windows(Config(yarn=False), 1285) == (384,)
-    assert yarn_windows(Config(window_schedule=False), 1285) == (1408,)
+    assert yarn_windows(Config(yarn=False), 1285) == pairs[:1]
+    assert yarn_windows(Config(window_schedule=False), 1285) == pairs[2:3]
 
 
 def test_the_medium_track():
@@ -130,7 +168,7 @@ def test_the_medium_track():
     assert [stage.short_window // 128 for stage in found] == [1, 3, 5, 6, 7, 8, 9, 10, *[11] * 5]
     assert {stage.max_document for stage in found} == {4096}
     assert final_window(MEDIUM) == (11 * 128, 27 * 128)
-    assert yarn_windows(MEDIUM, 4740) == tuple(128 * blocks for blocks in (3, 7, 11, 13))
+    assert [long for _, long in yarn_windows(MEDIUM, 4740)] == [128 * blocks for blocks in (3, 7, 11, 13)]
     assert untying_step(MEDIUM) == 785
     weights = [sum(weight > 0 for weight in at(MEDIUM, step).mtp) for step in (0, 391, 392, 783, 784)]
     assert weights == [3, 3, 2, 2, 1]
@@ -151,30 +189,34 @@ def test_the_medium_track():
 
 
 def test_techniques_switched_off():
+    def without(**off: bool) -> Config:
+        return dataclasses.replace(RECORD, **off)
+
     def per_stage(field: str, **off: bool) -> list:
-        return [getattr(stage, field) for stage in stages(Config(**off))]
+        return [getattr(stage, field) for stage in stages(without(**off))]
 
     assert per_stage("batch_tokens", batch_schedule=False) == [262_144] * 4
     assert per_stage("lr_factor", batch_schedule=False) == [1.52] * 4
     assert per_stage("long_window", window_schedule=False) == [1408] * 4
     assert per_stage("max_document", short_documents=False) == [2048] * 4
-    assert {at(Config(mtp=False), step).mtp for step in range(0, 1285, 40)} == {(1.0, 0.0, 0.0)}
-    assert {at(Config(prefix=False), step).prefix for step in range(0, 1285, 40)} == {0.0}
-    flat = Config(cooldown=0.0)
+    assert {at(without(mtp=False), step).mtp for step in range(0, 1285, 40)} == {(1.0, 0.0, 0.0)}
+    assert {at(without(prefix=False), step).prefix for step in range(0, 1285, 40)} == {0.0}
+    flat = without(cooldown=0.0)
     assert [at(flat, step).lr for step in (0, 600, 1284)] == [1.0, 1.52, 1.73]
-    assert at(Config(cooldown=1.0), 0).lr == 1.0 and at(Config(cooldown=1.0), 1).lr < 1.0
+    assert at(without(cooldown=1.0), 0).lr == 1.0 and at(without(cooldown=1.0), 1).lr < 1.0
 
 
 @pytest.mark.parametrize("recipe", list(schedule.STAGES))
 def test_stages_leave_no_gap_at_any_length(recipe):
-    base = dataclasses.replace(MEDIUM if recipe.endswith("medium") else RECORD, recipe=recipe)
+    make = next(name for name in ("medium", "snapshot", "record89", "record") if name in f"{recipe} record")
+    base = dataclasses.replace(preset(make), recipe=recipe)
     for steps in (12, 13, 47, 107, 1271):
         for extension in (0, 1, 9):
             config = dataclasses.replace(base, steps=steps, extension_steps=extension)
             found = stages(config)
             assert [stage.start for stage in found] == [0, *(stage.end for stage in found[:-1])]
             assert found[-1].end == total_steps(config) == steps + extension
-            assert all(stage.start < stage.end for stage in found)
+            assert all(stage.start < stage.end for stage in found)  # those without a step are left out
             for step in range(0, steps + extension, 5):
                 plan = at(config, step)
                 assert found[plan.stage].start <= step < found[plan.stage].end

@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,38 +25,51 @@ def test_presets():
     assert parsed("tiny").recipe == "tiny"
     medium = parsed("medium", "--steps=120")
     assert (medium.recipe, medium.muon_lr, medium.cooldown, medium.steps) == ("medium", 0.015, 0.7, 120)
-    for name in ("record", "medium", "tiny"):
+    for name in ("record", "record89", "snapshot", "medium", "tiny"):
         assert parsed(*to_argv(parsed(name))) == parsed(name)
 
 
 def test_the_records_numbers():
     config = Config()
     assert (config.muon_lr, config.adam_lr, config.muon_wd, config.adam_wd) == (0.023, 0.008, 1.2, 0.005)
-    assert (config.normuon_beta2, config.cooldown, config.lr_floor, config.adam_every) == (0.9, 0.60, 0.15, 2)
+    assert (config.normuon_beta2, config.cooldown, config.lr_floor, config.adam_every) == (0.9, 0.80, 0.30, 2)
     off = {field.name for field in dataclasses.fields(config) if field.type is bool and not field.default}
     assert off == {
-        "auto_resume", "overwrite", "check", "attention_at_6", "canonical", "wandb_log", "deterministic",
+        "auto_resume", "overwrite", "check", "attention_at_6", "dc", "canonical", "wandb_log", "deterministic",
         "fp8_backward", "smoke",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(config)} >= FREE
+
+
+def test_every_technique_is_in_the_table_of_the_documents():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "speedrun.md").read_text()
+    rows = text.partition("| Switch |")[2].partition("\n## ")[0].splitlines()
+    named = {
+        name
+        for row in rows
+        for name in re.findall(r"`(\w+)(?:=[\d.]+)?`", row.split("|")[1] if "|" in row else "")
+    }
+    fields = {field.name for field in dataclasses.fields(Config)}
+    on = {field.name for field in dataclasses.fields(Config) if field.default is True} - {"warmup"}
+    assert on <= named and named - fields <= {"record89"}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_layouts(world_size):
     plan = resolve(Config(), world_size)
     assert (plan.lanes, plan.micro_steps) == (8, 8 // world_size)
-    assert plan.lane_tokens == (16_384, 32_768, 49_152, 49_152)
-    assert (plan.total_steps, plan.total_tokens, plan.target_loss) == (1285, 338_821_120, 3.28)
+    assert plan.lane_tokens == (16_384, 32_768, 49_152, 40_960, 16_384)
+    assert (plan.total_steps, plan.total_tokens, plan.target_loss) == (1194, 328_663_040, 3.28)
     assert plan.eval_slices == 40
     lanes = [plan.lane(m, rank) for m in range(plan.micro_steps) for rank in range(world_size)]
     assert lanes == list(range(8))
     narrow = resolve(Config(lanes=32), world_size)
     assert narrow.lane_tokens[0] == 4096 and narrow.micro_steps == 32 // world_size
-    assert "1,285 steps" in plan.describe(Config())
+    assert "1,194 steps" in plan.describe(Config())
 
 
 BAD = {
-    "--steps=2": "--steps=3 is the least",
+    "--steps=2": "--steps=4 is the least",
     "--lanes=3": "--lanes=3: stage 1's 131,072 tokens do not divide",
     "--lanes=48": "do not divide into 48 lanes",
     "--device=gpu": "expected auto, cpu, cuda or cuda:N",
@@ -71,7 +86,7 @@ BAD = {
     "--out_dir= ": "needs a directory",
     "--out_dir=~nobody-here/x": "there is no such user",
     "--recipe=medium": "has no place for it",
-    "--recipe=big": "expected one of record, medium, tiny, tiny_medium",
+    "--recipe=big": "expected one of record, record89, snapshot, medium, tiny, tiny_record89",
     "--embedding=tie": "expected one of tied_then_untied, tied, untied",
     "--cooldown=1.5": "must be at most 1.0",
     "--muon_lr=nan": "expected a finite number",

@@ -1,4 +1,4 @@
-"""The speedrun's forward pass against the equations of its specification, written out naively in float64."""
+"""The forward passes of records 89 and 92 against their specifications, written out naively in float64."""
 
 import dataclasses
 import math
@@ -11,14 +11,18 @@ from modded_nanogpt import attention_backends, layer_plan, schedule
 from modded_nanogpt.attention import Documents, Rotary
 from modded_nanogpt.config import PRESETS, Config
 from modded_nanogpt.model import Rows, SpeedrunModel
+from modded_nanogpt.optim.table import table
 from nanogpt.common.flags import parse_values
 
 T, D, H, HEADS = 60, 96, 16, 6
 BOUNDS = [0, 13, 14, 40, 60, 60, 60]  # one document of a single token, two paddings
 
 
-def small(*flags: str) -> Config:
-    values = parse_values(Config, ["tiny", *flags], prog="t", description="t", presets=PRESETS)
+RECORD89 = ("record89", "--recipe=tiny_record89", "--vocab_size=1000")
+
+
+def small(*words: str) -> Config:
+    values = parse_values(Config, list(words), prog="t", description="t", presets=PRESETS)
     return Config(**values)
 
 
@@ -39,7 +43,8 @@ def build(config: Config) -> SpeedrunModel:
 
 def rows(model: SpeedrunModel, tokens: torch.Tensor) -> Rows:
     """Looked-up rows; the hash does not matter here."""
-    value = model.value_embeds.view(5, -1, D)[:, tokens] if hasattr(model, "value_embeds") else None
+    tables = model.size.value_tables
+    value = model.value_embeds.view(tables, -1, D)[:, tokens] if hasattr(model, "value_embeds") else None
     bigram = model.bigram[tokens % 4096] if hasattr(model, "bigram") else None
     return Rows(embed=model.embed[tokens], value=value, bigram=bigram)
 
@@ -49,7 +54,7 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def turned(x: torch.Tensor, position: int) -> torch.Tensor:
-    """One head of 16 dimensions at a position: four pairs turn, by 1024^(-m / 3) a token, the other half does not."""
+    """One head at a position: its first four pairs turn, by 1024^(-m / 3) a token; of 16 dimensions half does not."""
     out = x.clone()
     for m in range(H // 4):
         angle = position * 1024 ** (-m / (H // 4 - 1))
@@ -193,9 +198,116 @@ def inputs(vocab: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(vocab, (T,), generator=generator), torch.randint(64, (T,), generator=generator)
 
 
-def test_the_forward_pass_is_the_specifications():
-    model = build(small("--vocab_size=1000"))
+def test_the_forward_pass_is_record_89s():
+    model = build(small(*RECORD89))
     got, expected = run(model, *inputs(), 8, 16), literal(model, *inputs(), 8, 16)
+    assert (got - expected).abs().max() < 1e-5  # the angles are float32
+
+
+def attention92(model, slot, u, *, layer, window, extra, gate, alpha):
+    """One layer of record 92, head by head; layers 3 and 10 are wide, 1 and 8 have narrow values too."""
+    a, o = model.scalars[2 * layer], model.scalars[2 * layer + 1]
+    wide, width = layer in (3, 10), H // 2 if layer in (1, 8) else H
+    groups = model.qk_bank[6 * slot : 6 * slot + 6].reshape(2 * HEADS, H, D)[:, : H if wide else H // 2]
+    q, k = norm(torch.einsum("td,hwd->thw", u, groups)).split(HEADS, dim=1)
+    v = (u @ (a * model.vo_bank[2 * slot]).T).view(T, HEADS, H) + extra
+    v, paired, scale = v[:, :, :width], layer in (0, 2, 5), 0.085 if wide else 0.13
+    q, k = q.clone(), k.clone()
+    for t in range(T):
+        for h in range(HEADS):
+            place = 2 * t + h % 2 if paired else t
+            q[t, h], k[t, h] = scale * turned(q[t, h].clone(), place), turned(k[t, h].clone(), place)
+    if wide:
+        k = torch.stack([torch.cat([k[t, :, : H // 2], k[max(t - 1, 0), :, H // 2 :]], -1) for t in range(T)])
+    y = torch.zeros(T, HEADS, width, dtype=torch.float64)
+    for h in range(3 if paired else HEADS):
+        if paired:
+            line = [torch.stack([p[:, h], p[:, h + 3]], 1).reshape(2 * T, -1) for p in (q, k, v)]
+            y[:, h], y[:, h + 3] = soft(*line, [2 * b for b in BOUNDS], window).view(T, 2, width).unbind(1)
+        else:
+            y[:, h] = soft(q[:, h], k[:, h], v[:, h], BOUNDS, window)
+    if alpha is not None:
+        y = y - (torch.tanh(alpha) * (y * v).sum(-1) / v.square().sum(-1))[..., None] * v
+    if gate is not None:
+        y = gate[..., None] * y
+    return (
+        y.reshape(T, -1) @ (o * model.vo_bank[2 * slot + 1]).view(D, HEADS, H)[:, :, :width].reshape(D, -1).T
+    )
+
+
+@torch.no_grad()
+def literal92(
+    model: SpeedrunModel, tokens: torch.Tensor, signs: torch.Tensor, short: int, long: int
+) -> torch.Tensor:
+    """The layer table of record 92, in its order; one bigram table stands for its n-grams."""
+    found = rows(model, tokens)
+    e, b = found.embed, found.bigram * model.signs[signs]
+    x0 = e.clone()
+    for t in range(1, T):
+        x0[t] += model.scalars[22] * torch.sigmoid(model.smear_gate[0] @ e[t, :12]) * e[t - 1]
+    x0 = norm(x0)
+    pre = gate_values(model, 0, x0)
+    assert pre.shape[1] == 23
+    alphas, gates = {1: pre[:, 0:6], 3: pre[:, 6:12]}, {3: pre[:, 12:18]}
+    of_x0, of_b = {0: pre[:, 18], 1: pre[:, 20], 2: pre[:, 22]}, {1: pre[:, 21]}
+    c0 = x = x0 + pre[:, 19, None] * b
+    slots, tables = {0: 0, 1: 1, 2: 2, 3: 3, 5: 4, 8: 5}, {1: 0, 2: 1, 8: 2}
+    mlps = {**{k: [k] for k in range(7)}, 8: [7, 10], 9: [8]}
+    c = {}
+
+    def feed(u, slot):
+        up, down = model.mlp_bank[slot]
+        return torch.relu(u @ up.T).square() @ down
+
+    for layer in range(10):
+        r, p = model.residual_lambdas[layer], model.post_lambdas[layer]
+        if layer == 4:
+            post = gate_values(model, 1, x)
+            gates[10], skip = post[:, 0:6], post[:, 12, None]
+            of_x0 |= {4: post[:, 6], 5: post[:, 8], 7: post[:, 10]}
+            of_b |= {4: post[:, 7], 5: post[:, 9], 9: post[:, 11]}
+        if layer == 6:
+            x = x + torch.sigmoid(model.scalars[23]) * skip * c[3]
+        elif layer in slots:
+            u, extra = norm(x if layer < 8 else c[7]), 0.0
+            if layer in tables:
+                value = found.value[tables[layer]]
+                strength = torch.cat([u[:, :6], value[:, :6]], -1) @ model.ve_gates[tables[layer]].T
+                extra = 2 * torch.sigmoid(strength)[..., None] * value.view(T, HEADS, H)
+            y = attention92(
+                model, slots[layer], u, layer=layer, window=long if layer == 3 else short, extra=extra,
+                gate=gates.get(layer), alpha=alphas.get(layer),
+            )  # fmt: skip
+            x = r[0] * x + p[0] * y
+        else:
+            x = r[0] * x
+        x = x + of_x0.get(layer, torch.zeros(T))[:, None] * x0 + of_b.get(layer, torch.zeros(T))[:, None] * b
+        x = r[1] * x + p[1] * sum(feed(norm(x), slot) for slot in mlps.get(layer, []))
+        c[layer] = x
+    mu = mudd(model, 0, x)[:, :, None]
+    extra = (mu[:, 0] * c0 + mu[:, 1] * c[7] + mu[:, 2] * x).view(T, HEADS, H)
+    strength = torch.cat([mu[:, 6].expand(T, 3), mu[:, 7].expand(T, 3)], -1)[..., None]
+    extra = extra + strength * found.value[3].view(T, HEADS, H)
+    x = (1 + mu[:, 5]) * x + mu[:, 3] * c0 + mu[:, 4] * c[7]
+    y = attention92(model, 6, norm(c[7]), layer=10, window=long, extra=extra, gate=gates[10], alpha=None)
+    x = mu[:, 8] * x + mu[:, 9] * y + mu[:, 10] * c0 + mu[:, 11] * b
+    read = norm(x)
+    x = mu[:, 12] * x + mu[:, 13] * feed(read, 9)
+    hidden = F.gelu(x @ model.mudd_w1[1].T)
+    value = found.value
+    sources = [c0, c[7], c[9], value[0], c[3], value[1], value[3], value[2], read, norm(c[7])]
+    width, out = D // 12, x.clone()
+    for k, source in enumerate(sources):
+        for g in range(12):
+            weight = hidden @ (model.mudd_w2[1, k] + model.mudd_groups[k, g]) + model.mudd_b2[1, k]
+            part = slice(g * width, (g + 1) * width)
+            out[:, part] += 0.1 * weight[:, None] * source[:, part]
+    return norm(out)
+
+
+def test_the_forward_pass_is_record_92s():
+    model = build(small("tiny", "--vocab_size=1000"))
+    got, expected = run(model, *inputs(), 8, 16), literal92(model, *inputs(), 8, 16)
     assert (got - expected).abs().max() < 1e-5  # the angles are float32
 
 
@@ -209,25 +321,36 @@ TECHNIQUES = [
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_each_technique_can_be_left_out(name):
     more = {"half_rope": ["--key_offset=false"], "bigram": ["--bigram_signs=false"]}.get(name, [])
-    config = small("--vocab_size=1000", f"--{name}=false", *more)
-    out = run(build(config), *inputs(), 8, 16)
+    model = build(small("tiny", "--vocab_size=1000", f"--{name}=false", *more))
+    table(model.config, dict(model.named_parameters()))  # ValueError for one that the optimizer does not know
+    out = run(model, *inputs(), 8, 16)
     assert out.shape == (T, D) and torch.isfinite(out).all()
+    out.square().sum().backward()
+    assert not [key for key, part in model.named_parameters() if part.grad is None and key != "head"]
 
 
-def test_parameters_are_as_many_as_the_records():
-    with torch.device("meta"):
-        device = torch.device("meta")
-        shapes = SpeedrunModel.parameter_shapes
-        model = object.__new__(SpeedrunModel)
-        torch.nn.Module.__init__(model)
-        config = Config()
-        model.config, model.size, model.layers = config, layer_plan.size(config), layer_plan.layers(config)
-        model.gates = layer_plan.gates(config)
-        numbers = {name: math.prod(shape) for name, (shape, _) in shapes(model).items()}
-    assert device.type == "meta"
-    assert sum(numbers.values()) == 635_887_015
-    assert numbers["qk_bank"] + numbers["vo_bank"] + numbers["mlp_bank"] == 75_497_472
-    assert numbers["bigram"] == 289_751_040
+@pytest.mark.parametrize(
+    ("config", "attention", "mlp", "all_numbers"),
+    [
+        (small("record89"), 23_592_960, 51_904_512, 635_886_943),
+        (small("record"), 16_515_072, 47_579_136, 585_855_475),
+    ],
+)
+def test_parameters_are_as_many_as_the_records(config, attention, mlp, all_numbers):
+    """Narrow heads leave a part of the attention's banks unused."""
+    model = object.__new__(SpeedrunModel)
+    torch.nn.Module.__init__(model)
+    model.config, model.size, model.layers = config, layer_plan.size(config), layer_plan.layers(config)
+    model.gates, model.end_sources = layer_plan.gates(config), layer_plan.end_sources(config)
+    numbers = {name: math.prod(shape) for name, (shape, _) in model.parameter_shapes().items()}
+    assert numbers["qk_bank"] + numbers["vo_bank"] == attention and numbers["mlp_bank"] == mlp
+    assert numbers["bigram"] == 289_751_040 and sum(numbers.values()) == all_numbers
+
+
+def test_the_matrices_that_a_token_meets():
+    """59.97 M in record 92: 12.39 M of attention, 47.58 M of MLPs; 75.5 M in record 89."""
+    assert layer_plan.matrix_weights(small("record89")) == 75_497_472
+    assert layer_plan.matrix_weights(small("record")) == 12_386_304 + 47_579_136
 
 
 def test_rotary_follows_the_windows():
@@ -241,4 +364,14 @@ def test_rotary_follows_the_windows():
         assert bool((rotary.frequencies <= before).all())
     assert scales == [0.1, 0.11695, 0.12752, 0.13178]
     assert rotary.frequencies[32:].abs().max() == 0
-    assert schedule.yarn_windows(Config(), 2000) == (384, 896, 1408, 1664)
+    assert schedule.yarn_windows(small("record"), 2000) == ((128, 384), (384, 896), (640, 1408), (768, 1664))
+
+
+def test_record_92s_two_chains_of_tables():
+    """Narrow heads follow the short window, and all of them turns; softmax scales as published."""
+    config, scales = small("tiny", "--vocab_size=1000"), {}
+    model = build(config)
+    assert model.rotary["short"].base.tolist() == pytest.approx(model.rotary["long"].base[:4].tolist())
+    model.rotary.follow(list(schedule.yarn_windows(small("record"), 2000)))
+    scales = {name: round(rotary.scale.item(), 4) for name, rotary in model.rotary.items()}
+    assert scales == {"short": 0.1811, "long": 0.112}

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from modded_nanogpt import schedule
-from modded_nanogpt.config import Config
+from modded_nanogpt.config import PRESETS, Config
+from nanogpt.common.flags import parse
 
 WIDTH, VOCABULARY = 16, 24
 SHAPES = {
@@ -44,7 +45,8 @@ UNTIE = 3
 
 
 def config_of(**changes: object) -> Config:
-    return dataclasses.replace(Config(recipe="tiny", device="cpu"), **changes)
+    words = ["record89", "--recipe=tiny_record89", "--device=cpu"]
+    return dataclasses.replace(parse(Config, words, prog="t", description="t", presets=PRESETS), **changes)
 
 
 def parameters(dtype: torch.dtype = torch.float32, leave_out: tuple[str, ...] = ()) -> dict[str, Parameter]:

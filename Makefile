@@ -8,24 +8,36 @@ WORKERS ?= 3
 GPUS ?=
 NEED_ENV = { test -e "$$ENV_PATH/.engaging-nanogpt" || { echo "error: ENV_PATH: $$ENV_PATH: no environment there; make it: make environment" >&2; exit 2; }; }
 PYTHON = "$$ENV_PATH/bin/python"
+UV = "$$(command -v uv || echo .cache/uv/bin/uv)"
 RERUNS = --reruns 2 -raR --rerun-show-tracebacks
 SCRIPTS = git ls-files -z '*.sh' .ci/run tools/bin/engaging | xargs -0 "$$ENV_PATH/bin/shellcheck" -x
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test environment lint faults ddp-train gpu-status gpu-hot kill-gpu
+.PHONY: help quickstart test environment uv uvlock venv lint faults ddp-train gpu-status gpu-hot kill-gpu
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 quickstart: ## environment, data, training, a sample, a plot: the main job, end to end
-	@bash setup_env.sh --brief && $(PYTHON) -m tools.quickstart $(ARGS)
+	@bash setup_env.sh --brief && bash slurm/lib/here_or_srun.sh $(PYTHON) -m tools.quickstart $(ARGS)
 
 test: ## environment for developers, everything the tests need, all tests
-	@bash setup_env.sh --dev --brief && $(MAKE) --no-print-directory lint && \
+	@bash slurm/lib/here_or_srun.sh --say "make test" && \
+		bash setup_env.sh --dev --brief && $(MAKE) --no-print-directory lint && \
 		$(PYTHON) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(RERUNS) $(ARGS)
 
 environment: ## the Python environment alone (ARGS=--help says what it takes)
 	@bash setup_env.sh $(ARGS)
+
+uv: ## uv, in .cache/uv where it is not on PATH: for those who prefer it to setup_env.sh
+	@{ command -v uv || test -x .cache/uv/bin/uv || { python3 -m venv .cache/uv && .cache/uv/bin/pip install -q uv==0.13.9; }; } >&2
+
+uvlock: uv ## uv.lock anew, after a change of the dependency lists in pyproject.toml
+	@$(UV) lock $(ARGS)
+
+venv: uv ## the environment by uv, from uv.lock, in .venv (ARGS="--extra dev": for the tests, too)
+	@$(UV) sync --locked --extra train --extra tools $(ARGS) && .venv/bin/python -m tools.environment stamp && \
+		echo "next: export ENV_PATH=$(CURDIR)/.venv; source activate_env.sh"
 
 lint: ## ruff and shellcheck over what git tracks
 	@$(NEED_ENV) && $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(SCRIPTS)
@@ -34,8 +46,8 @@ faults: ## kills savers and trainers at seeded moments, and demands exact resume
 	@bash setup_env.sh --dev --brief && $(PYTHON) -m tests.faults $(ARGS) && $(PYTHON) -m tests.faults --slurm $(ARGS) && \
 		$(PYTHON) -m pytest -m campaign
 
-ddp-train: ## GPT-2 124M on NGPUS=8 GPUs of this machine, without SLURM
-	@$(NEED_ENV) && $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NGPUS) -m nanogpt.train train_gpt2 $(ARGS)
+ddp-train: ## GPT-2 124M, one epoch, on NGPUS=8 GPUs of this machine, without SLURM
+	@$(NEED_ENV) && $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NGPUS) -m nanogpt.train train_gpt2_epoch $(ARGS)
 
 gpu-status: ## what each GPU does, and for whom
 	@$(NEED_ENV) && $(PYTHON) -m tools.gpu status $(ARGS)

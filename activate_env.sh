@@ -13,6 +13,11 @@ _engaging_activate() {
     # `local` is in every shell that this is for, though not in POSIX.
     # shellcheck disable=SC3043
     local env_path conda_sh strict
+    conda_sh=${CONDA_SH:-}
+    if [ -n "$conda_sh" ] && [ ! -r "$conda_sh" ]; then
+        echo "note: CONDA_SH: $conda_sh: no such file; the environment works without"
+        conda_sh=""
+    fi
     env_path=${ENV_PATH:-$HOME/conda_envs/nanogpt_env}
     env_path=${env_path%/}
     case $env_path in
@@ -41,7 +46,6 @@ _engaging_activate() {
         # shellcheck disable=SC1091
         . "$env_path/bin/activate" || true
     else
-        conda_sh=${CONDA_SH:-}
         if [ -z "$conda_sh" ] && [ -r "$env_path/.conda_sh" ]; then conda_sh=$(cat "$env_path/.conda_sh"); fi
         if [ -r "$conda_sh" ]; then
             # shellcheck disable=SC1090
@@ -93,6 +97,12 @@ if [ "$_engaging_sourced" = no ]; then
     echo "error: activate_env.sh: run like this it changes nothing; type: source activate_env.sh" >&2
     exit 2
 fi
-_engaging_bin=$(CDPATH='' cd -- "$(dirname -- "$_engaging_file")" && pwd -P)/tools/bin
-unset _engaging_sourced _engaging_file
+_engaging_root=$(CDPATH='' cd -- "$(dirname -- "$_engaging_file")" && pwd -P)
+_engaging_bin=$_engaging_root/tools/bin
+# The function sbatch, for bash and zsh: the guides' lines work as they are printed.
+# shellcheck source=slurm/lib/sbatch.sh
+if [ -n "${BASH_VERSION:-}${ZSH_VERSION:-}" ] && [ -r "$_engaging_root/slurm/lib/sbatch.sh" ]; then
+    . "$_engaging_root/slurm/lib/sbatch.sh"
+fi
+unset _engaging_sourced _engaging_file _engaging_root
 _engaging_activate

@@ -28,7 +28,8 @@ shell is edited.
 
 Settings (environment variables):
   ENV_PATH              where the environment goes
-  ENV_PYTHON            the Python of the venv (default: the newest of python3.14 ... python3.11 on PATH)
+  ENV_PYTHON            the Python of the venv (default: the first that runs of python3.12, 3.13, 3.11, 3.14, python3 on
+                        PATH, or one of uv's)
   CONDA_SH              etc/profile.d/conda.sh of your conda (default: conda on PATH, the module, the usual folders)
   MINIFORGE_MODULE      the module that brings conda (default: miniforge)
   TORCH_INDEX_URL       where torch comes from. Default for CUDA, by NVIDIA's driver: 580 and newer, or only on the
@@ -318,11 +319,12 @@ finish() {
     if [ "$brief" = no ]; then # else make goes on with what it was asked for
         say "next: make quickstart     (or, for a shell of your own: source activate_env.sh)"
     fi
-    if [ "$torch_later" = yes ] && [ "$(tool build)" != cpu ]; then
-        say "no GPU here: that this torch runs on those of the cluster is checked in the first GPU job"
-    elif [ "$torch_later" = yes ]; then
-        say "note: this torch is a CPU build, and the cluster has GPUs; for jobs on them: bash setup_env.sh --cuda"
-    fi
+    if [ "$torch_later" = no ]; then return; fi
+    case $(tool build) in
+        '') ;;
+        cpu) say "note: this torch is a CPU build; before jobs on GPUs: bash setup_env.sh --cuda" ;;
+        *) say "no GPU here: that this torch runs on those of the cluster is checked in the first GPU job" ;;
+    esac
 }
 
 main() {

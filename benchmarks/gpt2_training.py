@@ -39,15 +39,18 @@ class Options:
     nanogpt: str = knob("", "a nanoGPT checkout to run beside ours")
 
 
-def ours(options: Options, seed: int) -> dict[str, float]:
-    """One run of our trainer: median milliseconds a step, tokens a second, MFU, final validation loss."""
+def ours(options: Options, seed: int, *more: str) -> dict[str, float]:
+    """One run of our trainer: median milliseconds a step, tokens a second, MFU, final validation loss.
+
+    `more` are flags of the trainer that override the run's.
+    """
     folder = Path(options.out_dir) / f"seed-{seed}"
     command = [
         sys.executable, "-m", "nanogpt.train", "train_gpt2", f"--dataset={Path(options.dataset).resolve()}",
         f"--out_dir={folder}", f"--seed={seed}", f"--fp8={options.fp8}", f"--batch_size={options.batch_size}",
         "--tokens_per_step=491520", f"--max_iters={options.steps}", f"--lr_decay_iters={options.steps}",
         "--warmup_iters=10", f"--eval_interval={options.steps}", "--eval_tokens=0", "--log_interval=1",
-        "--save_minutes=0", "--overwrite=true",
+        "--save_minutes=0", "--overwrite=true", *more,
     ]  # fmt: skip
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)

@@ -335,6 +335,23 @@ def mlp_pieces(tokens: int, device: object, choice: object) -> Iterator[Case]:
         lambda: kernels._launch(low_u, low_up, post, (one, one), low=low_post, low_scale=one, largest=largest),
         lambda: fp8.scaled_mm(low_u, low_up.T, one, one, torch.bfloat16), flops,
     )  # fmt: skip
+    turned = torch.empty(HIDDEN, tokens, dtype=fp8.E4M3, device=device)
+    yield Case(
+        "  up and ReLU^2, FP8 in both layouts",
+        lambda: kernels._launch(
+            low_u, low_up, None, (one, one), low=low_post, turned=turned, low_scale=one, largest=largest
+        ),
+        lambda: fp8.scaled_mm(low_u, low_up.T, one, one, torch.bfloat16), flops,
+    )  # fmt: skip
+    low_grad, pre, pre_turned = fp8.to_low(grad, 0.001, fp8.E5M2), low_post.to(fp8.E5M2), turned.to(fp8.E5M2)
+    yield Case(
+        "  gradient before ReLU^2, FP8 in both layouts",
+        lambda: kernels._launch(
+            low_grad, low_up, None, (one, one), post=low_post, post_scale=one, low=pre, turned=pre_turned,
+            low_scale=one,
+        ),
+        lambda: fp8.scaled_mm(low_grad, low_up.T, one, one, torch.bfloat16), flops,
+    )  # fmt: skip
     pre_grad = torch.empty_like(post)
     yield Case(
         "  gradient before ReLU^2, bfloat16",

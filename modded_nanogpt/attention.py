@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modded_nanogpt.kernels.dynamic_composition import dynamic_composition
+from modded_nanogpt.kernels.linear import linear
 from modded_nanogpt.layer_plan import Layer
 
 BLOCK = 128  # tokens; windows are counted in blocks where YaRN is concerned
@@ -136,16 +137,16 @@ class Extras:
 
 def attend(
     u: Tensor, qkv: Tensor, out: Tensor, layer: Layer, heads: int, documents: Documents, window: Tensor,
-    rotaries: Rotaries, extras: Extras, backend: Callable[..., Tensor],
+    rotaries: Rotaries, extras: Extras, backend: Callable[..., Tensor], low: bool = False,
 ) -> Tensor:  # fmt: skip
     """The layer's output (T, d) before it joins the residual stream.
 
     u: (T, d) normalised input; qkv: (H (2 D + V), d), Q above K above V; out: (d, H V); window: 0-dim int32 tensor on
-    the CPU, in tokens.
+    the CPU, in tokens; low: 8-bit operands in the projection to Q, K and V.
     """
     tokens, rotary = u.shape[0], rotaries[layer.rotary]
     widths = (heads * layer.qk_width, heads * layer.qk_width, heads * layer.v_width)
-    q, k, v = (part.view(tokens, heads, -1) for part in F.linear(u, qkv).split(widths, dim=-1))
+    q, k, v = (part.view(tokens, heads, -1) for part in linear(u, qkv, low).split(widths, dim=-1))
     cos, sin = rotary.tables(tokens, layer.paired)
     q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
     if extras.value is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modded_nanogpt import layer_plan, schedule
+from modded_nanogpt.candidates import candidates, turn_of
 from modded_nanogpt.config import Config, resolve
 from modded_nanogpt.data_plan import DataPlan, check_validation, check_vocabulary, plan_data, tokens_needed
 from modded_nanogpt.kernels.embedding import Runs, runs_of
@@ -47,6 +48,7 @@ class Batch:
     max_document: (
         int  # attention looks over no more tokens than that; the same for all training lanes of a size
     )
+    candidates: Tensor | None = None  # int64 (P,): the classes that are scored, ascending; None: all
 
     def to(self, device: torch.device) -> "Batch":
         """On `device`, copied without waiting."""
@@ -133,9 +135,13 @@ class TrainBatches:
         lengths = np.minimum(ends - starts, stage.max_document)
         lengths[-1] -= lengths.sum() - (size + 1)
         tokens = self._tokens(index)
+        classes = schedule.sampled_classes(self.config, step)
         pieces = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
         ends = piece_ends(lengths, self._cap)
-        return self._packer.pack(np.concatenate(pieces), ends, self.boundaries(size), self.longest(size))
+        turn = turn_of(step, lane, self.layout.lanes, classes, self._packer.vocabulary)
+        return self._packer.pack(
+            np.concatenate(pieces), ends, self.boundaries(size), self.longest(size), (classes, turn)
+        )
 
     def _tokens(self, index: int) -> np.ndarray:
         """The tokens of shard `index`, mapped; the one after it is asked for."""
@@ -243,12 +249,22 @@ class _Packer:
 
     def __init__(self, config: Config, pinned: bool) -> None:
         size = layer_plan.size(config)
-        self.pinned = pinned
+        self.pinned, self.vocabulary = pinned, size.padded_vocab
         self.bigram_rows = size.bigram_rows if config.bigram else 0
         self.sign_rows = size.sign_rows if config.bigram and config.bigram_signs else 0
 
-    def pack(self, tokens: np.ndarray, ends: np.ndarray, num_boundaries: int, max_document: int) -> Batch:
-        """`tokens` uint16 [L + 1] and where its documents end (the last may lie past L)."""
+    def pack(
+        self,
+        tokens: np.ndarray,
+        ends: np.ndarray,
+        num_boundaries: int,
+        max_document: int,
+        sampled: tuple[int, int] = (0, 0),
+    ) -> Batch:
+        """`tokens` uint16 [L + 1] and where its documents end (the last may lie past L).
+
+        sampled: how many classes are scored (0: all), and where the turn stands (`candidates`).
+        """
         length = len(tokens) - 1
         cu_seqlens = np.full(num_boundaries, length, np.int32)
         cu_seqlens[0] = 0
@@ -268,6 +284,11 @@ class _Packer:
             token_runs=self._runs(inputs),
             bigram_runs=None if bigrams is None else self._runs(bigrams),
             max_document=min(max_document, length),
+            candidates=self._tensor(
+                candidates(tokens[1:], sampled[0], self.vocabulary, sampled[1]), torch.int64
+            )
+            if sampled[0]
+            else None,
         )
 
     def _runs(self, ids: np.ndarray) -> Runs:

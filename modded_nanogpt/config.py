@@ -17,12 +17,13 @@ from nanogpt.common.machine import check_device, refuse_unknown_home
 PRESETS = Path(__file__).resolve().parent / "presets"
 WORLD_SIZES = (1, 2, 4, 8)
 LANES = 8  # as many as the record has GPUs
-CHANGED_WORDS = {"code", "config", "data", "torch"}
+CHANGED_WORDS = {"config", "data", "torch"}
 
 # What a resumed run may change: nothing that decides what is computed (how exactly it is rounded may differ).
 FREE = frozenset(
     [
-        "out_dir", "data_root", "init_from", "auto_resume", "overwrite", "accept_changed", "check",
+        "out_dir", "data_root", "init_from", "auto_resume", "overwrite", "accept_changed", "new_source",
+        "check",
         "eval_interval", "eval_tokens", "eval_slice", "target_loss", "save_interval", "save_minutes",
         "keep_checkpoints", "log_interval", "wandb_log", "wandb_project", "wandb_run_name",
         "device", "attention", "compile", "backend", "deterministic", "num_threads", "warmup", "memory_gib",
@@ -46,7 +47,11 @@ class Config:
     overwrite: bool = knob(
         False, "start afresh although out_dir holds a run; the old run is moved to out_dir.N"
     )
-    accept_changed: str = knob("", "resume although these changed: any of code,config,data,torch")
+    accept_changed: str = knob("", "resume although these changed: any of config,data,torch")
+    new_source: bool = knob(
+        False,
+        "resume from source that was edited since: it takes the place of the run's copy, and the log says so",
+    )
     check: bool = knob(False, "check everything that needs no GPU, print the plan and stop")
     smoke: bool = knob(
         False,
@@ -70,7 +75,7 @@ class Config:
     # Optimizers.
     muon_lr: float = knob(0.023, "base learning rate of Muon", low=0.0, high=1e3)
     adam_lr: float = knob(0.008, "base learning rate of Adam", low=0.0, high=1e3)
-    muon_wd: float = knob(1.2, "weight decay of Muon, times the learning rate", low=0.0, high=1e3)
+    muon_wd: float = knob(2.25, "weight decay of Muon, times the learning rate", low=0.0, high=1e3)
     adam_wd: float = knob(0.005, "weight decay of Adam, times the learning rate", low=0.0, high=1e3)
     normuon_beta2: float = knob(0.9, "of NorMuon's second moment", low=0.0, high=0.999999)
     adam_every: int = knob(2, "Adam updates at every so many steps, gradients add up between", low=1, high=16)
@@ -117,6 +122,11 @@ class Config:
     cautious_decay: bool = knob(True, "decay only what the update moves outward")
     mantissa: bool = knob(True, "16 more bits for the bfloat16 weights of Muon")
     qk_pairs: bool = knob(True, "Q and K are orthogonalized by pairs of heads; false: whole")
+    averaging: bool = knob(True, "the run ends with averages of its last quarter's weights")
+    two_momenta: bool = knob(
+        True, "Muon with a fast and a slow momentum and six rounds; takes --muon_wd=2.25"
+    )
+    sampled_softmax: bool = knob(True, "most steps score a part of the vocabulary only")
     canonical: bool = knob(False, "evaluate with impossible next tokens masked (beyond the record)")
     # Evaluation, log, checkpoints.
     eval_interval: int = knob(250, "steps between validations", low=1, high=10**9)
@@ -136,12 +146,17 @@ class Config:
     device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU when there is one")
     attention: str = knob("auto", "implementation of attention; auto: the fastest that is there",
                           choices=("auto", "varlen", "fa3", "triton", "reference"))  # fmt: skip
-    fp8: str = knob("auto", "8-bit matrix products: on (Ada, Hopper or later), off, or where the GPU has them",
-                    choices=("auto", "on", "off"))  # fmt: skip
+    fp8: str = knob("auto", "8-bit matrix products: auto (where the GPU has them: Ada, Hopper, later), force or off",
+                    choices=("auto", "force", "off"))  # fmt: skip
     fp8_head: bool = knob(True, "... in the head")
     fp8_up: bool = knob(True, "... in the MLPs' up-projections")
     fp8_down: bool = knob(True, "... in the MLPs' down-projections")
-    fp8_backward: bool = knob(False, "... and where the MLPs' gradients are formed (beyond the record)")
+    fp8_backward: bool = knob(
+        False, "... and in the four products of the MLPs' backward pass (beyond record 89)"
+    )
+    fp8_qkv: bool = knob(
+        False, "... in the three products of the projections to Q, K and V (beyond record 89)"
+    )
     memory_gib: float = knob(0.0, "GPU memory to do with, as on a smaller GPU; 0: all", low=0.0, high=1e6)
     compile: str = knob("auto", "torch.compile: true, false, or auto (on a GPU only)",
                         choices=("auto", "true", "false"))  # fmt: skip
@@ -166,7 +181,7 @@ class Config:
                     f"--overwrite=true with --{flag}: one starts afresh, the other goes on; keep one"
                 )
         if {word for word in self.accept_changed.split(",") if word} - CHANGED_WORDS:
-            raise UserError(f"--accept_changed={self.accept_changed}: expected any of code,config,data,torch")
+            raise UserError(f"--accept_changed={self.accept_changed}: expected any of config,data,torch")
         if not self.out_dir.strip():
             raise UserError("--out_dir=: the run needs a directory, for example --out_dir=out/my-run")
         _check_paths(self)
@@ -247,8 +262,8 @@ def _check_device(config: Config) -> None:
     check_device(config.device)
     if config.device != "cpu":
         return
-    if config.fp8 == "on":
-        raise UserError("--fp8=on: needs a GPU, but --device=cpu; use --fp8=auto or --fp8=off")
+    if config.fp8 == "force":
+        raise UserError("--fp8=force: needs a GPU, but --device=cpu; use --fp8=auto or --fp8=off")
     if config.capture == "true":
         raise UserError(
             "--capture=true: needs a GPU, but --device=cpu; use --capture=auto or --capture=false"
@@ -264,8 +279,10 @@ def _check_device(config: Config) -> None:
 def _check_techniques(config: Config) -> None:
     if config.capture == "true" and not config.warmup:
         raise UserError("--capture=true: graphs are recorded in the warm-up; leave out --warmup=false")
-    if config.fp8 == "on" and not (config.fp8_head or config.fp8_up or config.fp8_down):
-        raise UserError("--fp8=on: nothing is left to compute with it; switch on --fp8_head, _up or _down")
+    if config.fp8 == "force" and not (config.fp8_head or config.fp8_up or config.fp8_down or config.fp8_qkv):
+        raise UserError("--fp8=force: nothing is left to compute with it; switch on --fp8_head, _up or _down")
+    if config.fp8_backward and not (config.fp8_up and config.fp8_down):
+        raise UserError("--fp8_backward=true: takes what --fp8_up and --fp8_down leave; switch both on")
     if config.key_offset and not config.half_rope:
         raise UserError(
             "--half_rope=false: the key offset needs the unrotated half of each head; add --key_offset=false"
@@ -274,6 +291,11 @@ def _check_techniques(config: Config) -> None:
         raise UserError("--vocab_size=1: nothing is left to predict; 0 means GPT-2's 50,257")
     if config.canonical and config.vocab_size:
         raise UserError(f"--canonical=true: is made for GPT-2's tokens, not --vocab_size={config.vocab_size}")
+    if config.sampled_softmax and config.vocab_size:
+        raise UserError(
+            f"--sampled_softmax=true: is made for GPT-2's vocabulary, not --vocab_size={config.vocab_size}; add "
+            "--sampled_softmax=false"
+        )
 
 
 def _check_steps(config: Config) -> None:

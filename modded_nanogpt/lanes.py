@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modded_nanogpt import attention_backends, schedule
+from modded_nanogpt import attention_backends, losses, schedule
 from modded_nanogpt.attention import Documents
 from modded_nanogpt.batches import Batch, ValBatches
 from modded_nanogpt.clock import to_device
 from modded_nanogpt.config import Config
 from modded_nanogpt.fast.capture import Recorder
-from modded_nanogpt.kernels.cross_entropy import eval_losses, head_loss
+from modded_nanogpt.kernels.cross_entropy import eval_losses
 from modded_nanogpt.model import Rows, SpeedrunModel
 from modded_nanogpt.optim.sharded import Optimizer
 from modded_nanogpt.schedule import StepPlan
@@ -27,8 +27,6 @@ from nanogpt.common.ranks import Ranks
 
 # The loss of a step is the sum over its tokens divided by this, whatever the number of ranks.
 RECORD_LANES = 8
-ROWS_AT_ONCE = 65_536  # rows of logits in memory at once: 6.6 GB in bfloat16, and half of that again in FP8
-SOFTCAP, OLD_SOFTCAP = (23.0, 5.0, 7.5), (30.0, 0.0, 7.5)  # A sigmoid((z + B) / C): records 54, and before
 NEW_PROGRESS = {"step": 0, "val_step": -1, "val_loss": math.inf, "tokens": 0, "train_ms": 0.0}
 
 
@@ -38,7 +36,7 @@ class State:
 
     model: SpeedrunModel
     optimizer: Optimizer
-    train_graph: Callable[..., Tensor]  # `lane_loss`, compiled or not
+    train_graph: Callable[..., Tensor]  # `lane_residual`, compiled or not
     eval_graph: Callable[..., Tensor]  # `lane_losses`
     backend: attention_backends.Backend
     fp8_head: bool
@@ -56,17 +54,13 @@ class State:
     resumed: bool = False
 
 
-def lane_loss(
-    model: SpeedrunModel, rows: Rows, sign_rows: Tensor | None, targets: Tensor, cu_seqlens: Tensor, longest: int,
-    short: Tensor, long: Tensor, prefix_table: Tensor | None, mtp: Tensor, prefix: Tensor, loss_scale: float,
-    fp8_head: bool, fp8_mlp: bool,
+def lane_residual(
+    model: SpeedrunModel, rows: Rows, sign_rows: Tensor | None, cu_seqlens: Tensor, longest: int,
+    short: Tensor, long: Tensor, fp8: bool,
 ) -> Tensor:  # fmt: skip
-    """Sum of the weighted losses of one lane (float32 scalar); its gradient comes scaled by `loss_scale`."""
-    documents = _documents(cu_seqlens, targets, longest)
-    x = model(rows, sign_rows, documents, (short, long), fp8_mlp)
-    before = None if prefix_table is None else prefix_table[targets]
-    softcap = SOFTCAP if model.config.asymmetric_softcap else OLD_SOFTCAP
-    return head_loss(x, model.head, targets, before, mtp, prefix, softcap, loss_scale, fp8_head, ROWS_AT_ONCE)
+    """The last residual of one lane (T, d), which the head reads; the loss is formed from it in `losses`."""
+    documents = _documents(cu_seqlens, rows.embed.shape[0], longest)
+    return model(rows, sign_rows, documents, (short, long), fp8)
 
 
 def lane_losses(
@@ -77,14 +71,13 @@ def lane_losses(
 
     allowed: which token may follow which (`vocabulary.canonical_table`), or None; inputs: (T,) int32.
     """
-    documents = _documents(cu_seqlens, targets, longest)
+    documents = _documents(cu_seqlens, targets.numel(), longest)
     x = model(rows, sign_rows, documents, (short, long), False)
-    softcap = SOFTCAP if model.config.asymmetric_softcap else OLD_SOFTCAP
-    return eval_losses(x, model.head, targets, softcap, allowed, inputs)
+    return eval_losses(x, model.head, targets, losses.softcap(model.config), allowed, inputs)
 
 
-def _documents(cu_seqlens: Tensor, targets: Tensor, longest: int) -> Documents:
-    start, end = attention_backends.documents(cu_seqlens, targets.numel())
+def _documents(cu_seqlens: Tensor, tokens: int, longest: int) -> Documents:
+    start, end = attention_backends.documents(cu_seqlens, tokens)
     return Documents(cu_seqlens, start, end, longest)
 
 
@@ -93,17 +86,35 @@ def train_lane(state: State, ranks: Ranks, batch: Batch, step: StepPlan) -> Tens
     if batch.bigram_rows_cpu is not None:
         state.optimizer.touch("bigram", batch.bigram_rows_cpu)
     if state.recorder is not None:
-        loss, *gradients = state.recorder.replay(lane_key(batch, step), _given(batch, step, ranks.device))
+        given = _given(batch, step, ranks.device)
+        loss, of_head, *gradients = state.recorder.replay(lane_key(batch, step), given)
         of_rows, of_parameters = gradients[: len(Rows._fields)], gradients[len(Rows._fields) :]
         _add_up(state, of_parameters)
-        add_gradients(state.model, batch, Rows(*of_rows), step.tied)
+        add_gradients(state.model, batch, Rows(*of_rows), of_head, step.tied)
         return loss.clone()  # the next replay overwrites it
-    rows = look_up(state.model, batch, step.tied, train=True)
-    loss = state.train_graph(*train_arguments(state, ranks, batch, rows, step))
+    loss, rows, scored = _forward(state, ranks, batch, step, _loss_weights(step, ranks.device))
     (loss * loss_scale(ranks)).backward()
     gradients = Rows(*(None if part is None else part.grad for part in rows))
-    add_gradients(state.model, batch, gradients, step.tied)
+    add_gradients(state.model, batch, gradients, None if scored is None else scored.grad, step.tied)
     return loss.detach()
+
+
+def _forward(
+    state: State, ranks: Ranks, batch: Batch, step: StepPlan, weights: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Rows, Tensor | None]:
+    """(sum of losses, looked-up rows, the head's scored rows where not all are): the last two are leaves.
+
+    weights: of the loss, (mtp (3,), prefix (1,)) float32.
+    """
+    model = state.model
+    rows = look_up(model, batch, step.tied, train=True)
+    x = state.train_graph(*train_arguments(state, batch, rows, step))
+    scored = None if batch.candidates is None else model.head.detach()[batch.candidates].requires_grad_()
+    loss = losses.train_loss(
+        x, model.head if scored is None else scored, batch.targets, batch.candidates, state.prefix_table, *weights,
+        losses.softcap(model.config), loss_scale(ranks), state.fp8_head, model.size.padded_vocab,
+    )  # fmt: skip
+    return loss, rows, scored
 
 
 def lane_kinds(config: Config) -> list[StepPlan]:
@@ -111,7 +122,7 @@ def lane_kinds(config: Config) -> list[StepPlan]:
     found: dict[tuple, StepPlan] = {}
     for number in range(schedule.total_steps(config)):
         step = schedule.at(config, number)
-        kind = (step.batch_tokens, step.max_document, step.short_window, step.long_window, step.tied)
+        kind = (step.batch_tokens, step.short_window, step.long_window, step.tied, step.classes)
         found.setdefault(kind, step)
     return list(found.values())
 
@@ -119,25 +130,23 @@ def lane_kinds(config: Config) -> list[StepPlan]:
 def lane_key(batch: Batch, step: StepPlan) -> tuple:
     """Everything of a lane that is a number to Python, and so is fixed in a graph."""
     shape = (batch.inputs.numel(), batch.cu_seqlens.numel(), batch.max_document)
-    return (*shape, step.short_window, step.long_window, step.tied)
+    classes = 0 if batch.candidates is None else batch.candidates.numel()
+    return (*shape, step.short_window, step.long_window, step.tied, classes)
 
 
 def record_lane(state: State, recorder: Recorder, ranks: Ranks, batch: Batch, step: StepPlan) -> None:
     """Make the graph of all lanes with the key of this one, which has been called before: it compiles nothing."""
-    parameters = [parameter for _, parameter in state.model.named_parameters()]
     if not state.sums:
         state.sums = [torch.empty_like(parameter) for parameter in _with_gradient(state)]
 
     def body(given: list[Tensor | None]) -> list[Tensor | None]:
         *tensors, mtp, prefix = given
         copied = dataclasses.replace(batch, **dict(zip(BATCH_INPUTS, tensors, strict=True)))
-        rows = look_up(state.model, copied, step.tied, train=True)
-        loss = state.train_graph(*train_arguments(state, ranks, copied, rows, step, (mtp, prefix)))
-        leaves = [part for part in rows if part is not None] + parameters
-        found = torch.autograd.grad(loss * loss_scale(ranks), leaves, allow_unused=True)
-        of_leaf = {id(leaf): gradient for leaf, gradient in zip(leaves, found, strict=True)}
-        of_rows = [None if part is None else of_leaf[id(part)] for part in rows]
-        return [loss.detach(), *of_rows, *(of_leaf[id(parameter)] for parameter in _with_gradient(state))]
+        loss, rows, scored = _forward(state, ranks, copied, step, (mtp, prefix))
+        leaves = [scored, *rows, *_with_gradient(state)]
+        there = [leaf for leaf in leaves if leaf is not None]
+        found = iter(torch.autograd.grad(loss * loss_scale(ranks), there, allow_unused=True))
+        return [loss.detach(), *(None if leaf is None else next(found) for leaf in leaves)]
 
     recorder.record(lane_key(batch, step), _given(batch, step, ranks.device), body)
 
@@ -158,13 +167,8 @@ def _with_gradient(state: State) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in state.model.named_parameters() if name not in tables]
 
 
-BATCH_INPUTS = (
-    "inputs",
-    "targets",
-    "cu_seqlens",
-    "bigram_rows",
-    "sign_rows",
-)  # fields that a lane's graph reads
+# The fields of a batch that a lane's graph reads.
+BATCH_INPUTS = ("inputs", "targets", "cu_seqlens", "bigram_rows", "sign_rows", "candidates")
 
 
 def _given(batch: Batch, step: StepPlan, device: torch.device) -> list[Tensor | None]:
@@ -194,19 +198,11 @@ def loss_scale(ranks: Ranks) -> float:
     return ranks.world_size / RECORD_LANES
 
 
-def train_arguments(
-    state: State,
-    ranks: Ranks,
-    batch: Batch,
-    rows: Rows,
-    step: StepPlan,
-    weights: tuple[Tensor, Tensor] | None = None,
-) -> tuple:
-    """What `lane_loss` is called with. weights: those of the loss, where they are on the device already."""
+def train_arguments(state: State, batch: Batch, rows: Rows, step: StepPlan) -> tuple:
+    """What `lane_residual` is called with."""
     return (
-        state.model, rows, batch.sign_rows, batch.targets, batch.cu_seqlens, batch.max_document,
-        *_windows(step.short_window, step.long_window), state.prefix_table,
-        *(weights or _loss_weights(step, ranks.device)), loss_scale(ranks), state.fp8_head, state.fp8_mlp,
+        state.model, rows, batch.sign_rows, batch.cu_seqlens, batch.max_document,
+        *_windows(step.short_window, step.long_window), state.fp8_mlp or state.model.fp8_qkv,
     )  # fmt: skip
 
 
@@ -237,7 +233,7 @@ def evaluate(
     windows = schedule.final_window(config) if last else (step.short_window, step.long_window)
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for batch, count in batches:
-        losses = eval_lane(state, batch, step.tied, windows)
-        total += torch.stack([losses[:count].double().sum(), total.new_tensor(float(count))])
+        found = eval_lane(state, batch, step.tied, windows)
+        total += torch.stack([found[:count].double().sum(), total.new_tensor(float(count))])
     ranks.sum(total)
     return (total[0] / total[1]).item()

@@ -80,6 +80,7 @@ class SpeedrunModel(nn.Module):
             signs = torch.empty(size.sign_rows, size.width, dtype=dtype, device=device)
             self.register_buffer("signs", signs, persistent=False)
         self.fp8: Fp8Mlp | None = None  # set by `setup` where the hardware has it
+        self.fp8_qkv = False  # the same
 
     def shared_shapes(self) -> Shapes:
         """Head, embeddings and matrices, which the models of both tracks have."""
@@ -186,8 +187,8 @@ class SpeedrunModel(nn.Module):
     ) -> Tensor:
         """The normalised residual at the end (T, d), which the head reads.
 
-        sign_rows: (T,) int32; windows: short and long, 0-dim int32 tensors on the CPU, in tokens; fp8: whether the MLPs
-        read 8-bit operands (training only).
+        sign_rows: (T,) int32; windows: short and long, 0-dim int32 tensors on the CPU, in tokens; fp8: whether what
+        `setup` has chosen reads 8-bit operands (training only).
         """
         weights, bigram = self._attention_weights(), rows.bigram
         x0 = norm(self._smeared(rows.embed))
@@ -218,6 +219,7 @@ class SpeedrunModel(nn.Module):
                 self.rotary,
                 extras,
                 self.backend.attend,
+                fp8 and self.fp8_qkv,
             )
 
         mlps = self.mlp_bank.view(-1, self.size.mlp_width, self.size.width).unbind(0)  # up and down alternate
@@ -243,7 +245,9 @@ class SpeedrunModel(nn.Module):
             if layer.attention:
                 added = self._gated_value(layer, u, values)
                 x = residual[0] * x + post[0] * attention(layer, u, added)
-            elif layer.skip_from is None:
+            elif (
+                layer.skip_from is None
+            ):  # without attention it grows all the same, but not where a skip ends
                 x = residual[0] * x
             if "x0" in layer.inject:
                 x = x + gate["x0", layer.index] * x0
@@ -262,7 +266,6 @@ class SpeedrunModel(nn.Module):
         """[(Q, K and V (H (2 D + V), d), output (d, H V))] by bank slot; a layer's learned factors are multiplied in.
 
         Of narrow heads it is the first rows of each head in the bank; the others have no gradient and no effect.
-
         Queries and keys are normalised, so a factor before the projections matters to V alone. Banks are taken apart
         by `unbind`: the backward pass of indexing would write a whole bank of zeros for every slice.
         """

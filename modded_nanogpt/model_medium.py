@@ -103,7 +103,7 @@ class OlderModel(SpeedrunModel):
                 window = windows[0] if layer.window == "short" else windows[1]
                 x = x + attend(
                     u, *weights[layer.bank], layer, self.size.heads, documents, window, self.rotary,
-                    self._extras(layer, u, values), self.backend.attend,
+                    self._extras(layer, u, values), self.backend.attend, fp8 and self.fp8_qkv,
                 )  # fmt: skip
             (slot,) = layer.mlps
             x = x + mlp(norm(x), mlps[2 * slot], mlps[2 * slot + 1], fp8_state, slot)

@@ -123,7 +123,7 @@ def compile_graph(config: Config, graph: Graph, device: torch.device, world_size
         else:
             step = schedule.at(config, graph.step)
             rows = look_up(state.model, batch, step.tied, train=True)
-            state.train_graph(*lanes.train_arguments(state, ranks, batch, rows, step))
+            state.train_graph(*lanes.train_arguments(state, batch, rows, step))
     except _Compiled:
         return
     raise RuntimeError(f"{graph}: ran, where it was to be compiled only")

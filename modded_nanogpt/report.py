@@ -20,6 +20,8 @@ def describe(config: Config, plan: Plan, state: State, ranks: Ranks) -> list[str
         ("head", state.fp8_head),
         ("up", state.fp8_mlp and config.fp8_up),
         ("down", state.fp8_mlp and config.fp8_down),
+        ("the MLPs' backward pass", state.fp8_mlp and config.fp8_backward),
+        ("Q, K and V", state.model.fp8_qkv),
     ]
     in_fp8 = [name for name, on in parts if on]
     deciding = [field for field in dataclasses.fields(config) if field.name not in FREE]
@@ -57,7 +59,7 @@ def step_line(
     left = datetime.timedelta(seconds=round((plan.total_steps - step - 1) * ms / 1e3))
     return (
         f"step {step}/{plan.total_steps}: loss {loss:.4f}, {train_ms / 1e3:.2f} s, {ms:.1f} ms, "
-        f"{speed:,.0f} tokens/s, MFU {'unknown' if mfu is None else f'{100 * mfu:.1f} %'}, ETA {left}"
+        f"{speed:,.0f} tokens/s, MFU {hardware.utilisation_words(mfu)}, ETA {left}"
     )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Ramp = tuple[float, float]  # a value at the start of a stage and at its end, linear in between
 
+RECORD_LANES = 8  # micro-batches in a step of the record, one a GPU
 BLOCK = 128  # tokens; windows are multiples of it
 MTP_THREE = ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))
 MTP_TWO = ((1.0, 1.0), (0.5, 0.0), (0.0, 0.0))
@@ -25,6 +26,13 @@ MTP_ONE = ((1.0, 1.0), (0.0, 0.0), (0.0, 0.0))
 
 MOMENTUM_LOW, MOMENTUM_HIGH = 0.85, 0.95
 MOMENTUM_WARMUP, MOMENTUM_COOLDOWN = 300, 50  # steps; not scaled with the length of the run
+# Of --two_momenta; a step of a shorter run lies at the same part of it.
+TWO_HIGH, TWO_WARMUP = 0.93, 240
+TWO_FROM, TWO_FAST, TWO_SHARE = 514 / 1194, 0.85, 0.4385
+# Of --sampled_softmax: classes in parts of equal length of each stage, for lanes as the record has them; and the part
+# of the run after which all are scored in any case.
+SAMPLED_CLASSES = ((10_240,), (10_240,), (14_336, 14_336, 24_576))
+SAMPLED_UNTIL, SAMPLED_MULTIPLE, SAMPLED_MOST = 1107 / 1194, 2048, 28_672
 SMOKE_PART = 16  # --smoke trains on a sixteenth of each step's tokens
 EXACT_FP8_STEPS = 16  # the down-projection starts at 0 and grows too fast for delayed scales
 
@@ -194,8 +202,10 @@ class StepPlan:
     yarn_window: tuple[int, int]  # the windows that the rotary frequencies are made for (see `yarn_windows`)
     lr: float  # factor of the base learning rates
     momentum: float  # of Muon
+    two: tuple[float, float]  # with --two_momenta: the fast momentum, and its share beside the slow one
     mtp: tuple[float, float, float]
     prefix: float
+    classes: int  # that the loss scores; 0: all
     adam: bool  # whether Adam updates its parameters; its gradients add up in between
     tied: bool  # the embedding is the head in this step, and is copied from it after the update
     untie: bool  # after this step's update the embedding gets a life of its own
@@ -239,8 +249,10 @@ def at(config: "Config", step: int) -> StepPlan:
         yarn_window=yarn_windows(config, step)[-1],
         lr=learning_rate(config, step),
         momentum=momentum(config, step),
+        two=two_momenta(config, step),
         mtp=tuple(_along(ramp, part) for ramp in stage.mtp),
         prefix=_along(stage.prefix, _level(part, stage.prefix_levels)),
+        classes=sampled_classes(config, step),
         adam=is_adam_step(config, step),
         tied=config.embedding != "untied" and (untie_step is None or step <= untie_step),
         untie=step == untie_step,
@@ -260,13 +272,38 @@ def learning_rate(config: "Config", step: int) -> float:
 
 
 def momentum(config: "Config", step: int) -> float:
-    """Muon's: up over the first 300 steps, down over the last 50; a shorter run only goes up."""
+    """Muon's: up over the first 300 steps (240), down over the last 50; a shorter run only goes up."""
     if not config.momentum_schedule:
-        return MOMENTUM_HIGH
-    part = step / MOMENTUM_WARMUP
-    if step >= MOMENTUM_WARMUP:
+        return TWO_HIGH if config.two_momenta else MOMENTUM_HIGH
+    high, warmup = (TWO_HIGH, TWO_WARMUP) if config.two_momenta else (MOMENTUM_HIGH, MOMENTUM_WARMUP)
+    part = step / warmup
+    if step >= warmup:
         part = min(1.0, max(0.0, (total_steps(config) - step) / MOMENTUM_COOLDOWN))
-    return MOMENTUM_LOW + (MOMENTUM_HIGH - MOMENTUM_LOW) * part
+    return MOMENTUM_LOW + (high - MOMENTUM_LOW) * part
+
+
+def two_momenta(config: "Config", step: int) -> tuple[float, float]:
+    """(fast momentum, its share) of the optimizer with two: at first one momentum as ever, then a mixture."""
+    if step < TWO_FROM * total_steps(config):
+        return momentum(config, step), 1.0
+    return TWO_FAST, TWO_SHARE
+
+
+def sampled_classes(config: "Config", step: int) -> int:
+    """How many classes a lane's loss scores at `step`; 0 for all of them.
+
+    They must hold all tokens of a lane, so fewer and larger lanes than the record's take more: a text has about the
+    0.6th power of its length in different tokens.
+    """
+    if not config.sampled_softmax or step >= SAMPLED_UNTIL * total_steps(config):
+        return 0
+    index, stage = next((k, stage) for k, stage in enumerate(stages(config)) if step < stage.end)
+    if index >= len(SAMPLED_CLASSES):
+        return 0
+    parts = SAMPLED_CLASSES[index]
+    count = parts[(step - stage.start) * len(parts) // (stage.end - stage.start)]
+    larger = max(1.0, RECORD_LANES / (config.lanes or RECORD_LANES)) ** 0.6
+    return min(SAMPLED_MOST, math.ceil(count * larger / SAMPLED_MULTIPLE) * SAMPLED_MULTIPLE)
 
 
 def is_adam_step(config: "Config", step: int) -> bool:

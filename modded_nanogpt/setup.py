@@ -25,8 +25,8 @@ from modded_nanogpt.lanes import (
     State,
     eval_lane,
     lane_kinds,
-    lane_loss,
     lane_losses,
+    lane_residual,
     lasting_tensors,
     record_lane,
     train_lane,
@@ -74,8 +74,9 @@ def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor
         optimizer = Optimizer(dict(model.named_parameters()), config, ranks, device)
     if low_precision.mlp and (config.fp8_up or config.fp8_down):
         model.fp8 = Fp8Mlp(model.mlp_bank, config.fp8_up, config.fp8_down, config.fp8_backward)
+    model.fp8_qkv = low_precision.head and config.fp8_qkv
     compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
-    train_graph, eval_graph = lane_loss, lane_losses
+    train_graph, eval_graph = lane_residual, lane_losses
     if compiled:
         from torch._functorch import config as functorch_config
 
@@ -83,7 +84,7 @@ def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor
         # The backward pass with the forward pass, not at its first use: then both are kept together, and a process that
         # only compiles (`precompile`) leaves both.
         functorch_config.force_non_lazy_backward_lowering = True
-        train_graph = torch.compile(lane_loss, fullgraph=True, dynamic=False, backend=compile_with)
+        train_graph = torch.compile(lane_residual, fullgraph=True, dynamic=False, backend=compile_with)
         eval_graph = torch.compile(lane_losses, fullgraph=True, dynamic=False, backend=compile_with)
     return State(
         model, optimizer, train_graph, eval_graph, backend, low_precision.head and config.fp8_head,
@@ -191,6 +192,12 @@ def warm_up(
         say(
             f"warm-up: lanes of {batch.inputs.numel():,} tokens ready after {time.perf_counter() - began:.1f} s"
         )
+    sizes = {(step.batch_tokens, step.classes) for step in (schedule.at(config, g.step) for g in lane_graphs)}
+    for step in lane_kinds(config):  # other numbers of classes: kernels of the head alone
+        if (step.batch_tokens, step.classes) not in sizes:
+            sizes.add((step.batch_tokens, step.classes))
+            train_lane(state, ranks, batches.get(step.step, 0), step)
+    state.optimizer.reset()
     record_graphs(config, state, ranks, batches, say)
     if ahead:
         ahead.wait(eval_graph)

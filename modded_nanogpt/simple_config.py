@@ -28,7 +28,8 @@ STAGE_KNOBS = ("num_iterations", "warmdown_iters", "batch_size", "device_batch_s
 # What a resumed run may change: nothing that the losses depend on.
 FREE = frozenset(
     [
-        "out_dir", "data_root", "init_from", "auto_resume", "overwrite", "accept_changed", "check", "plan",
+        "out_dir", "data_root", "init_from", "auto_resume", "overwrite", "accept_changed", "new_source",
+        "check", "plan",
         "val_loss_every", "target_val_loss", "log_interval", "save_interval", "save_minutes", "keep_checkpoints",
         "device", "compile", "backend", "deterministic", "num_threads",
     ]
@@ -50,7 +51,11 @@ class Config:
     overwrite: bool = knob(
         False, "start afresh although out_dir holds a run; the old run is moved to out_dir.N"
     )
-    accept_changed: str = knob("", "resume although these changed: any of code,config,data,torch")
+    accept_changed: str = knob("", "resume although these changed: any of config,data,torch")
+    new_source: bool = knob(
+        False,
+        "resume from source that was edited since: it takes the place of the run's copy, and the log says so",
+    )
     check: bool = knob(False, "check everything that needs no GPU, print the plan and stop")
     smoke: bool = knob(
         False,
@@ -121,8 +126,8 @@ class Config:
                 raise UserError(
                     f"--overwrite=true with --{flag}: one starts afresh, the other goes on; keep one"
                 )
-        if {word for word in self.accept_changed.split(",") if word} - {"code", "config", "data", "torch"}:
-            raise UserError(f"--accept_changed={self.accept_changed}: expected any of code,config,data,torch")
+        if {word for word in self.accept_changed.split(",") if word} - {"config", "data", "torch"}:
+            raise UserError(f"--accept_changed={self.accept_changed}: expected any of config,data,torch")
         if not self.out_dir.strip():
             raise UserError("--out_dir=: the run needs a directory, for example --out_dir=out/my-run")
         _check_shape(self)

@@ -7,7 +7,6 @@ keeps a copy of that same source, and one that was begun with other source is re
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +91,8 @@ def later_runs(argv: list[str], description: str, first: Path) -> list[Values]:
 def trainer(runs: list[Values]) -> Trainer:
     """What `open_run` needs to know. The source copy holds the variants of all runs that this process trains."""
     specs = list(dict.fromkeys(str(run.get("variant", "baseline")) for run in runs))
-    return Trainer(Config, ROOT, FOLDERS, ENTRY, FREE, inspect, functools.partial(_own_variants, specs))
+    own = functools.partial(_own_variants, specs)
+    return Trainer(Config, ROOT, FOLDERS, ENTRY, FREE, inspect, lambda config: config.num_iterations, own)
 
 
 def vocabulary_rows(token_set: TokenSet) -> int:
@@ -193,23 +193,10 @@ def _own_variants(specs: list[str], config: Config) -> dict[str, bytes]:
 
 def _unfinished(runs: list[Values], say: bool = False) -> list[Values]:
     """The runs whose metrics do not end with `finished`, in order."""
-    left = [run for run in runs if not _is_finished(Path(str(run["out_dir"])))]
+    left = [run for run in runs if not rundir.is_finished(Path(str(run["out_dir"])))]
     if say and len(left) < len(runs) and os.environ.get("RANK", "0") == "0":
         print(f"{len(runs) - len(left)} of {len(runs)} runs are finished already", flush=True)
     return left
-
-
-def _is_finished(folder: Path) -> bool:
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
-        return False
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict) and event.get("event") in ("start", "resume", "end"):
-                return event.get("event") == "end" and event.get("status") == "finished"
-    return False
 
 
 def _look_ahead(runs: list[Values], argv: list[str]) -> None:

@@ -31,18 +31,23 @@ def look_up(model: SpeedrunModel, batch: Batch, tied: bool, train: bool) -> Rows
 
 
 @torch.no_grad()
-def add_gradients(model: SpeedrunModel, batch: Batch, gradients: Rows, tied: bool) -> None:
-    """Add the gradients of looked-up rows to those of the tables.
+def add_gradients(
+    model: SpeedrunModel, batch: Batch, gradients: Rows, of_head: Tensor | None, tied: bool
+) -> None:
+    """Add the gradients of looked-up rows, and of the rows of the head that were scored, to those of the tables.
+
+    of_head: (P, d), of the rows `batch.candidates`; None where the whole head was scored.
 
     The optimizer keeps and clears the gradients of the tables; that of the head is autograd's.
     """
+    if of_head is not None:
+        _gradient(model.head).index_add_(0, batch.candidates, of_head)  # each row once: no order matters
     add_rows_(_gradient(model.head if tied else model.embed), gradients.embed, batch.token_runs)
     if gradients.second is not None:
         add_rows_(_gradient(model.embed2), gradients.second, batch.token_runs)
     if gradients.value is not None:
         tables = _gradient(model.value_embeds).view(model.size.value_tables, model.size.padded_vocab, -1)
-        for table, part in zip(tables, gradients.value, strict=True):
-            add_rows_(table, part, batch.token_runs)
+        add_rows_(tables, gradients.value.contiguous(), batch.token_runs)
     if gradients.bigram is not None:
         add_rows_(_gradient(model.bigram), gradients.bigram, batch.bigram_runs)
 

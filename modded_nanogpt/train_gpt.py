@@ -35,7 +35,6 @@ if typing.TYPE_CHECKING:
 
 PROG = "python -m modded_nanogpt.train_gpt"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
-SMOKE_ON_CPU = {"record": "tiny", "medium": "tiny_medium"}  # the same layers, narrower
 SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory is made; more by all ranks
 
 
@@ -74,13 +73,14 @@ TRAINER = Trainer(
     "modded_nanogpt/train_gpt.py",
     FREE,
     inspect,
+    steps=schedule.total_steps,
 )
 
 
 def _refuse_missing_gpu(config: Config) -> None:
     none = not has_nvidia_driver()
-    if none and config.fp8 == "on":
-        raise UserError("--fp8=on: this machine has no NVIDIA GPU; use --fp8=auto or --fp8=off")
+    if none and config.fp8 == "force":
+        raise UserError("--fp8=force: this machine has no NVIDIA GPU; use --fp8=auto or --fp8=off")
     if none and (
         config.device.startswith("cuda") or (config.device == "auto" and config.recipe not in CPU_RECIPES)
     ):
@@ -114,13 +114,15 @@ def values_of(argv: list[str], default_preset: str) -> dict[str, object]:
         return values
     recipe = str(values.get("recipe", Config.recipe))
     if values.get("device") == "cpu" or not has_nvidia_driver():
-        recipe = SMOKE_ON_CPU.get(recipe, recipe)
+        small_one = "tiny" if recipe == "record" else f"tiny_{recipe}"  # the same layers, narrower
+        recipe = small_one if small_one in CPU_RECIPES else recipe
     least = len(schedule.STAGES[recipe].stages)  # every stage has a step
     small = {
         "recipe": recipe, "steps": max(least, SMOKE_STEPS - 1), "extension_steps": 1, "eval_tokens": 1024,
         "eval_slice": 512, "lanes": max(2, world_size_from_environment()), "log_interval": 1, "warmup": False,
-        "compile": "false", "compile_cache": "none", "data_passes": 1000, "wandb_log": False,
+        "compile": "false", "capture": "false", "compile_cache": "none", "data_passes": 1000, "wandb_log": False,
     }  # fmt: skip
+    small |= {"sampled_softmax": False} if recipe in CPU_RECIPES else {}  # of GPT-2's vocabulary only
     return smoke_values(values, argv, small)
 
 
@@ -155,7 +157,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
     from modded_nanogpt import lanes, precompile, report, rules, setup
     from modded_nanogpt.batches import TrainBatches, ValBatches
     from modded_nanogpt.clock import Clock, Messages
-    from nanogpt.common import hardware, training
+    from nanogpt.common import hardware, tracking, training
     from nanogpt.common.stop import StopRequest
 
     stop = StopRequest(run.folder / "stop" if ranks.is_main else None)
@@ -175,7 +177,6 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
             caches.keep(setup.graphs_key(config, graphs))
     setup.start_or_resume(config, state, run, ranks, batches)
     flops, peak = report.flops_per_token(config), hardware.peak_flops(device)
-    wandb = training.start_wandb(config, run) if ranks.is_main else None
     progress, clock, messages = state.progress, Clock(ranks, state.progress["train_ms"]), Messages(ranks)
     run.record(
         "resume" if state.resumed else "start",
@@ -210,15 +211,13 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
             asked_to_stop, save_due = asked_to_stop or wants_stop > 0, save_due or wants_save > 0
             ms, last_ms = about["train_ms"] - last_ms, about["train_ms"]
             speed = 1e3 * about["tokens"] / max(ms, 1e-6)
-            mfu = speed * flops / (peak * ranks.world_size) if peak else None
+            mfu = hardware.utilisation(speed * flops, peak, ranks.world_size)
             if step % config.log_interval == 0 or step + 1 == plan.total_steps:
                 run.record(
                     "train", step=step, loss=mean / about["weights"], lr=about["lr"], ms=round(ms, 3),
                     train_ms=round(about["train_ms"], 3), tokens_per_s=round(speed), mfu=mfu,
                     memory_gib=hardware.memory_gib(device), tokens=about["total"],
                 )  # fmt: skip
-                if wandb:
-                    wandb.log({"loss": mean / about["weights"], "tokens_per_s": speed}, step=step)
                 run.say(
                     report.step_line(plan, step, mean / about["weights"], about["train_ms"], ms, speed, mfu)
                 )
@@ -234,6 +233,8 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
             and not asked_to_stop
             and progress["val_step"] != step
         ):
+            if at_end:
+                state.optimizer.average()  # on the clock, like everything that the result needs
             progress["train_ms"] = clock.stop()
             look_back(everything=True)
             last_ms = progress["train_ms"]
@@ -253,8 +254,6 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
             run.say(
                 f"step {step}/{plan.total_steps}: val loss {val_loss:.4f}{beside}, {progress['train_ms'] / 1e3:.2f} s"
             )
-            if wandb:
-                wandb.log({"val_loss": val_loss}, step=step)
             if not at_end:
                 clock.start()
         # Between Adam's updates gradients are waiting, which several ranks would round in saving: not there.
@@ -307,8 +306,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
         eligible=at_end and not against, ineligible=against, val_tokens=val_batches.num_tokens,
         world_size=ranks.world_size,
     )  # fmt: skip
-    if wandb:
-        wandb.finish()
+    tracking.finish(at_end)
     ranks.wait()  # for rank 0 to have saved: when one rank leaves with 75, torchrun ends the others
     stop.done()
     return 0 if at_end else EXIT_INTERRUPTED

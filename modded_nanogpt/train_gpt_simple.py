@@ -291,7 +291,7 @@ def main(argv: list[str]) -> int:
         if status:
             break
         folder = open_run(simple_launch.trainer([values]), values, argv)
-        status = go_on(folder, ranks, stop)
+        status = go_on(folder, ranks, stop) if folder else 0  # None: it has been finished meanwhile
     ranks.wait()  # for rank 0 to have saved: when one rank leaves with 75, torchrun ends the others
     stop.done()
     ranks_module.leave(status)
@@ -396,7 +396,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: Ranks, stop: St
         ms, last_ms = progress["train_ms"] - last_ms, progress["train_ms"]
         if step % config.log_interval == 0 or step + 1 == plan.total_steps:
             speed = 1e3 * plan.tokens_per_step / ms
-            mfu = speed * flops / (peak * ranks.world_size) if peak else None
+            mfu = hardware.utilisation(speed * flops, peak, ranks.world_size)
             run.record(
                 "train", step=step, loss=mean_loss, lr=lr_factor(plan, step), ms=round(ms, 3),
                 train_ms=round(progress["train_ms"], 3), tokens_per_s=round(speed), mfu=mfu,
@@ -406,7 +406,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: Ranks, stop: St
                 shown = time.monotonic()
                 run.say(
                     f"step {step}/{plan.total_steps}: loss {mean_loss:.4f}, {ms:.1f} ms, {speed:,.0f} tokens/s, MFU "
-                    f"{'unknown' if mfu is None else f'{100 * mfu:.1f} %'}, {progress['train_ms'] / 1e3:.1f} s"
+                    f"{hardware.utilisation_words(mfu)}, {progress['train_ms'] / 1e3:.1f} s"
                 )
 
     batches.close()

@@ -27,6 +27,7 @@ from nanogpt.common import compiler
 from nanogpt.common.errors import UserError, run_command
 from nanogpt.common.flags import knob, parse
 from nanogpt.common.machine import world_size_from_environment
+from nanogpt.common.peaks import utilisation_words
 from nanogpt.config import OPERATORS, Config, Plan, resolve
 
 if typing.TYPE_CHECKING:
@@ -122,7 +123,7 @@ def measure(bench: Bench, config: Config, plan: Plan, ranks: "Ranks") -> None:
     if ranks.is_main:
         peak = hardware.peak_flops(device)
         speed = plan.tokens_per_step / statistics.fmean(seconds)
-        mfu = speed * model.flops_per_token() / (peak * ranks.world_size) if peak else None
+        mfu = hardware.utilisation(speed * model.flops_per_token(), peak, ranks.world_size)
         result = {
             "ms": round(1e3 * statistics.fmean(seconds), 3), "ms_median": round(1e3 * statistics.median(seconds), 3),
             "ms_min": round(1e3 * min(seconds), 3), "ms_max": round(1e3 * max(seconds), 3),
@@ -224,7 +225,7 @@ def profiled(bench: Bench, ranks: "Ranks") -> Iterator[None]:
 def report(result: dict, plan: str) -> None:
     """The result for people, then for programs."""
     memory = "" if result["memory_gib"] is None else f", {result['memory_gib']:.1f} GiB"
-    mfu = "unknown" if result["mfu"] is None else f"{100 * result['mfu']:.1f} %"
+    mfu = utilisation_words(result["mfu"])
     print(
         f"{result['device']}; {result['dtype']}; attention: {result['attention']}; compiled: {result['compiled']}"
     )
@@ -233,6 +234,7 @@ def report(result: dict, plan: str) -> None:
         f"{result['ms']:.1f} ms a step (median {result['ms_median']:.1f}, {result['ms_min']:.1f} to "
         f"{result['ms_max']:.1f}), {result['tokens_per_s']:,} tokens/s, MFU {mfu}{memory}"
     )
+    result["mfu"] = None if result["mfu"] == float("inf") else result["mfu"]  # JSON has no infinity
     print(json.dumps(result), flush=True)
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.batches import ValBatches
-from nanogpt.common import checkpoints
+from nanogpt.common import checkpoints, compiler
 from nanogpt.common.errors import NonFiniteError, UserError
-from nanogpt.common.hardware import memory_gib
+from nanogpt.common.hardware import memory_gib, utilisation_words
 from nanogpt.common.ranks import Ranks
 from nanogpt.common.rundir import RunDir
 from nanogpt.common.shards import TokenSet
@@ -106,8 +106,15 @@ def build(config: Config, token_set: TokenSet, ranks: Ranks, dtype: torch.dtype,
             raw_model.init_weights(config.seed)
     else:
         _check_shape(checkpoint, shape)
+        if checkpoint.step and not checkpoint.tensors("optimizer"):
+            raise UserError(
+                f"{checkpoint.path}: holds weights without the optimizer's state, so a resume would not be exact; "
+                "delete it to resume from the one before, or start again with --overwrite=true"
+            )
         raw_model.load_state_dict(checkpoint.tensors("model"))
     state = prepare(config, raw_model, ranks, dtype)
+    if asks_to_compile(config, ranks.device) and not state.compiled:
+        run.say(f"note: {compiler.missing(ranks.device.type)}, so nothing is compiled, which is slower")
     if checkpoint is not None:
         load_optimizer_tensors(
             raw_model, state.optimizer, checkpoint.tensors("optimizer"), str(checkpoint.path)
@@ -129,7 +136,7 @@ def prepare(config: Config, raw_model: GPT, ranks: Ranks, dtype: torch.dtype) ->
     optimizer = make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
     attention = choose_attention(config, shape, dtype, device)
-    compiled = config.compile.lower() == "true" or (config.compile == "auto" and device.type == "cuda")
+    compiled = asks_to_compile(config, device) and not compiler.missing(device.type)
     fused = device.type == "cuda" and shape.vocab_size >= FUSED_FROM and dtype == torch.bfloat16
     if config.fp8:
         refuse_fp8(device, dtype)
@@ -138,6 +145,11 @@ def prepare(config: Config, raw_model: GPT, ranks: Ranks, dtype: torch.dtype) ->
         raw_model, torch.compile(raw_model) if compiled else raw_model, optimizer, scaler, dict(NEW_PROGRESS), False,
         compiled, fused and not config.deterministic, attention,
     )  # fmt: skip
+
+
+def asks_to_compile(config: Config, device: torch.device) -> bool:
+    """Whether the knobs ask for torch.compile on this device."""
+    return config.compile.lower() == "true" or (config.compile == "auto" and device.type == "cuda")
 
 
 def _check_shape(checkpoint: checkpoints.Checkpoint, shape: Shape) -> None:
@@ -238,7 +250,7 @@ def step_line(
     memory = memory_gib(device)
     return (
         f"step {step}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {1e3 * seconds:.1f} ms, "
-        f"{speed:,.0f} tokens/s, MFU {'unknown' if mfu is None else f'{100 * mfu:.1f} %'}"
+        f"{speed:,.0f} tokens/s, MFU {utilisation_words(mfu)}"
         + (f", {memory:.1f} GiB" if memory is not None else "")
         + f", ETA {left}"
     )

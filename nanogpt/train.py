@@ -70,8 +70,9 @@ def inspect(config: Config) -> tuple[Config, dict]:
 
 
 TRAINER = Trainer(
-    Config, Path(__file__).resolve().parents[1], ("nanogpt",), "nanogpt/train.py", FREE, inspect
-)
+    Config, Path(__file__).resolve().parents[1], ("nanogpt",), "nanogpt/train.py", FREE, inspect,
+    steps=lambda config: config.max_iters,
+)  # fmt: skip
 
 
 def _refuse_missing_gpu(config: Config) -> None:
@@ -171,7 +172,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
 
     from nanogpt import setup
     from nanogpt.batches import TrainBatches, ValBatches
-    from nanogpt.common import hardware, training
+    from nanogpt.common import hardware, tracking, training
     from nanogpt.common.stop import StopRequest
     from nanogpt.optim import set_learning_rate
     from nanogpt.schedule import learning_rate
@@ -195,7 +196,6 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
         token_set, block_size=config.block_size, batch_size=config.batch_size, max_tokens=plan.eval_tokens, **place
     )  # fmt: skip
     flops_per_token, peak = state.raw_model.flops_per_token(), hardware.peak_flops(device)
-    wandb = training.start_wandb(config, run) if ranks.is_main else None
     progress = state.progress  # step, best_val, val_step, tokens, ...: what a resume goes on with
     step, last_save = progress["step"], time.monotonic()
     saved_step = step if state.resumed else -1
@@ -224,7 +224,13 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
         at_end = (step >= config.max_iters or config.eval_only) and not asked_to_stop
         val_due = (at_end or (step % config.eval_interval == 0 and not config.smoke)) and not asked_to_stop
         if val_due and (progress["val_step"] != step or config.eval_only):
-            val_loss = setup.evaluate(state.model, val_batches, ranks)
+            try:
+                val_loss = setup.evaluate(state.model, val_batches, ranks)
+            except Exception:  # out of memory, say: what was trained is not to be lost with it
+                if saved_step != step and step > 0 and not config.eval_only:
+                    save()
+                    run.say(f"step {step}: the validation broke; the checkpoint of this step is saved")
+                raise
             if not math.isfinite(val_loss):
                 ranks.fail(_non_finite(run, step, f"validation loss {val_loss}", saved_step))
             improved = val_loss < progress["best_val"]
@@ -233,8 +239,6 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
                 progress.update(best_val=val_loss, best_step=step)
             run.say(f"step {step}: val loss {val_loss:.4f}{' (best so far)' if improved else ''}")
             run.record("val", step=step, val_loss=val_loss, tokens=progress["tokens"])
-            if wandb:
-                wandb.log({"val_loss": val_loss, "tokens": progress["tokens"]}, step=step)
             if step > 0 and not config.eval_only and (improved or config.always_save_checkpoint or at_end):
                 save()
             shown = time.perf_counter()
@@ -277,13 +281,11 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
         progress["seconds"] += seconds
         if (step - 1) % config.log_interval == 0 or step == config.max_iters:
             speed = plan.tokens_per_step / seconds
-            mfu = speed * flops_per_token / (peak * ranks.world_size) if peak else None
+            mfu = hardware.utilisation(speed * flops_per_token, peak, ranks.world_size)
             run.record(
                 "train", step=step - 1, loss=mean_loss, lr=lr, grad_norm=grad_norm, ms=round(1e3 * seconds, 3),
                 tokens_per_s=round(speed), mfu=mfu, memory_gib=hardware.memory_gib(device), tokens=progress["tokens"],
             )  # fmt: skip
-            if wandb:
-                wandb.log({"loss": mean_loss, "lr": lr, "tokens_per_s": speed}, step=step - 1)
             if time.perf_counter() - shown > setup.SHOW_SECONDS or step <= 2 or step == config.max_iters:
                 shown = time.perf_counter()
                 pace = median(recent)
@@ -308,8 +310,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
         f"{f'rm {run.folder}/stop; ' if by_file else ''}{PROG} --init_from=resume --out_dir={run.folder}"
     )
     run.record("end", step=step, status=status, val_loss=progress["val_loss"], seconds=progress["seconds"])
-    if wandb:
-        wandb.finish()
+    tracking.finish(at_end)
     ranks.wait()  # for rank 0 to have saved: when one rank leaves with 75, torchrun ends the others
     stop.done()
     return 0 if at_end else EXIT_INTERRUPTED

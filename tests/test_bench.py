@@ -109,3 +109,40 @@ def test_on_a_gpu_it_compiles_fuses_and_knows_its_memory(capsys):
     assert result["compiled"]
     assert result["memory_gib"] > 0
     assert result["loss"] == pytest.approx(np.log(8192), rel=0.1)
+
+
+def test_the_table_of_the_baseline_says_what_is_met():
+    """benchmarks/baseline.py, its runs replaced by figures."""
+    from benchmarks import baseline
+
+    found = {"bf16": (600_000.0, 6.78), "fp8": (640_000.0, 6.785)}
+
+    def run(options, seed, *more):
+        speed, loss = found[options.out_dir.rpartition("/")[2]]
+        noise = 0.001 * (seed - 1338)
+        nan = float("nan")
+        return {
+            "ms": 1.0,
+            "tokens_per_s": speed,
+            "mfu": nan,
+            "memory_gib": 42.9,
+            "val_loss": loss + noise,
+            "wall_s": 9.0,
+        }
+
+    baseline.gpt2_training.ours, real = run, baseline.gpt2_training.ours
+    try:
+        options = baseline.Options(data="x")
+        theirs, speed = baseline.reference(options, "NVIDIA H200 NVL")
+        lines = baseline.table(baseline.training_rows(options, theirs, speed))
+        assert lines[2].startswith("| nanoGPT's train.py | 513,500 |")
+        assert lines[3].split(" | ")[1:5] == ["600,000", "1.17", "1.15: met", "-"]
+        assert "6.7800 | 3 seeds; loss goal 6.79: met |" in lines[3]
+        assert lines[4].split(" | ")[1:4] == ["640,000", "1.25", "1.3: missed"]
+        assert "1 seed; +0.0050 to bfloat16's loss, goal 0.01: met |" in lines[4]
+        unknown = baseline.table(baseline.training_rows(options, *baseline.reference(options, "Foo 1")))
+        assert unknown[2].split(" | ")[1:4] == ["600,000", "-", "-"]
+    finally:
+        baseline.gpt2_training.ours = real
+    with pytest.raises(UserError, match="--data=: name a folder"):
+        baseline.main([])

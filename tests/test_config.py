@@ -67,6 +67,10 @@ def test_every_preset_reads_and_resolves(path, world):
 
 def test_the_published_schedules():
     config = read("train_gpt2_epoch")
+    assert [resolve(config, world).micro_steps for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    assert (config.batch_size, config.block_size, resolve(config, 8).tokens_per_step) == (64, 1024, 524_288)
+    with pytest.raises(UserError, match="393216 or 589824 would"):
+        resolve(config, 3)
     assert resolve(config, 8).tokens_per_step * config.max_iters == pytest.approx(9.04e9, rel=0.01)
     assert (config.max_iters, config.warmup_iters, config.learning_rate, config.min_lr) == (
         17234,
@@ -76,6 +80,13 @@ def test_the_published_schedules():
     )
     config = read("train_shakespeare_char")
     assert (config.n_layer, config.n_embd, config.block_size, config.batch_size) == (6, 384, 256, 64)
+
+
+@pytest.mark.parametrize("name", GPT2_SIZES)
+def test_each_published_model_has_its_evaluation(name):
+    config = read(f"eval_{name.replace('-', '_')}")
+    assert config.eval_only and config.init_from == name and config.eval_tokens == 0
+    assert (config.n_layer, config.n_head, config.n_embd) == GPT2_SIZES[name] and config.bias
 
 
 def test_a_file_of_nanogpt_reads_as_it_is(tmp_path):

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from nanogpt.common import hardware
+from nanogpt.common import hardware, ranks
 from nanogpt.common.errors import UserError
 from nanogpt.common.machine import has_nvidia_driver, share_cores, usable_cores
 from nanogpt.common.ranks import choose_device
@@ -27,8 +27,17 @@ def test_the_peak_of_gpus_that_a_cluster_has(name, tflops):
     assert hardware.peak_flops_of(name) == tflops * 1e12
 
 
+def test_more_than_the_peak_is_a_wrong_peak_and_no_speed():
+    peak = hardware.peak_flops_of("NVIDIA H200")
+    assert hardware.utilisation(989e12, peak, 2) == 0.5
+    assert hardware.utilisation_words(0.5) == "50.0 %"
+    assert hardware.utilisation(989e12, None, 1) is None and hardware.utilisation_words(None) == "unknown"
+    assert hardware.utilisation(1.04 * 989e12, peak, 1) == float("inf")
+    assert "104" not in (words := hardware.utilisation_words(float("inf"))) and "peaks.py is wrong" in words
+
+
 @pytest.mark.parametrize(
-    "name", ["Tesla V100-SXM2-32GB", "Quadro RTX 6000", "AMD Instinct MI300X", "", "NVIDIA L400"]
+    "name", ["Foo 1", "Tesla V100-SXM2-32GB", "Quadro RTX 6000", "AMD Instinct MI300X", "", "NVIDIA L400"]
 )
 def test_an_unknown_gpu_has_no_peak_rather_than_a_wrong_one(name):
     assert hardware.peak_flops_of(name) is None
@@ -48,6 +57,23 @@ def test_a_gpu_that_is_not_there_is_refused(wanted):
     assert choose_device("auto", 0) == CPU
     with pytest.raises(UserError, match=f"--device={wanted}: .*--device=cpu"):
         choose_device(wanted, 0)
+
+
+@pytest.mark.parametrize(("cuda", "remedy"), [(None, "bash setup_env.sh --cuda"), ("13.0", "nvidia-smi")])
+def test_a_job_with_gpus_does_not_train_on_the_cpu(monkeypatch, cuda, remedy):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(ranks, "has_nvidia_driver", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert choose_device("auto", 0) == CPU, "no job"
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    with pytest.raises(UserError, match=remedy):
+        choose_device("auto", 0)
+    assert choose_device("cpu", 0) == CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choose_device("auto", 0) == CPU, "somebody hid them"
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ["help", "quickstart", "test", "environment", "lint", "faults"]
+TARGETS = ["help", "quickstart", "test", "environment", "uv", "uvlock", "venv", "lint", "faults"]
 TARGETS += ["ddp-train", "gpu-status", "gpu-hot", "kill-gpu"]
 RECORDER = """#!/bin/sh
 # Stands in for a command: writes down how it was called, and fails when told to.
@@ -32,11 +32,15 @@ def make(tmp_path: Path):
     clone.mkdir()
     shutil.copy(ROOT / "Makefile", clone)
     calls = tmp_path / "calls"
-    for command in (env_path / "bin/python", env_path / "bin/shellcheck", clone / "setup_env.sh"):
+    for folder in (clone / ".venv/bin", tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    programs = [env_path / "bin/python", env_path / "bin/shellcheck", clone / "setup_env.sh"]
+    for command in (*programs, clone / ".venv/bin/python", tmp_path / "bin/uv"):
         command.write_text(RECORDER)
         command.chmod(0o755)
     subprocess.run(["git", "init", "-q", clone], check=True)
     subprocess.run(["git", "-C", clone, "add", "."], check=True)
+    shutil.copytree(ROOT / "slurm", clone / "slurm")  # a login node is told from another machine by it
 
     def run(*words: str, env: dict[str, str] | None = None) -> tuple[subprocess.CompletedProcess, list]:
         calls.write_text("")
@@ -44,6 +48,7 @@ def make(tmp_path: Path):
         full = {
             **clean,
             "ENV_PATH": str(env_path),
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "CALLS": str(calls),
             "PYTHONPATH": "/other",
             **(env or {}),
@@ -87,6 +92,15 @@ def test_default_target_lists_every_target(make):
                 "python -m pytest -m campaign",
             ],
         ),
+        (["uv"], []),
+        (["uvlock", "ARGS=--upgrade"], ["uv lock --upgrade"]),
+        (
+            ["venv", "ARGS=--extra dev"],
+            [
+                "uv sync --locked --extra train --extra tools --extra dev",
+                "python -m tools.environment stamp",
+            ],
+        ),
         (["gpu-status"], ["python -m tools.gpu status"]),
         (["gpu-hot", "GPUS=0,1,2"], ["python -m tools.gpu hot 0,1,2"]),
         (["gpu-hot"], ["python -m tools.gpu hot "]),
@@ -95,7 +109,7 @@ def test_default_target_lists_every_target(make):
             ["ddp-train", "NGPUS=4", "ARGS=--max_iters=9"],
             [
                 "python -m torch.distributed.run --standalone --nproc_per_node=4"
-                " -m nanogpt.train train_gpt2 --max_iters=9"
+                " -m nanogpt.train train_gpt2_epoch --max_iters=9"
             ],
         ),
         (

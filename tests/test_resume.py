@@ -117,15 +117,16 @@ def test_a_stop_at_a_validation_leaves_it_to_the_resume(trainer, undisturbed, tm
 def test_auto_resume_starts_goes_on_and_finishes(trainer, tmp_path):
     first = trainer("--auto_resume=true", "--max_iters=5")
     again = trainer("--auto_resume=true", "--max_iters=5")  # nothing is left to do
+    assert "finished, val loss" in again.stdout
     more = trainer("--auto_resume=true")
     assert [first.status, again.status, more.status] == [0, 0, 0]
     folder = tmp_path / "run"
     assert sorted(tiny.losses(folder)) == list(range(20))
     assert [
         event["event"] for event in tiny.events(folder) if event["event"] in ("start", "resume", "end")
-    ] == (["start", "end", "resume", "end", "resume", "end"])
+    ] == (["start", "end", "resume", "end"])
     attempts = json.loads((folder / "environment.json").read_text())["attempts"]
-    assert [attempt["world_size"] for attempt in attempts] == [1, 1, 1]
+    assert [attempt["world_size"] for attempt in attempts] == [1, 1]
 
 
 def test_checkpoints_are_pruned_and_the_best_is_kept(trainer, tmp_path):
@@ -220,13 +221,85 @@ def test_other_data_are_refused(zygote, tmp_path):
     assert "accepted" in accepted.stderr
 
 
-def test_edited_code_and_another_torch_are_refused(trainer, tmp_path):
+def test_the_same_command_goes_on_and_then_says_that_it_is_finished(trainer, undisturbed, tmp_path):
+    reference, folder = undisturbed(), tmp_path / "run"
+    folder.mkdir()
+    (folder / "stop").touch()
+    assert trainer().status == 75
+    (folder / "stop").unlink()
+    assert trainer().status == 0
+    assert_same(folder, reference)
+    before = snapshot(folder)
+    done = trainer()
+    assert done.status == 0 and "finished, val loss" in done.stdout and "--overwrite=true" in done.stdout
+    assert "attempt" not in done.stdout and snapshot(folder) == before
+    refused(
+        trainer("--dropout=0.1", "--seed=5"),
+        "--dropout=0.1, was 0.0",
+        "--seed=5, was 1337",
+        "another --out_dir",
+    )
+    refused(trainer("--max_iters=30"), "--max_iters=30, was 20", "--init_from=resume")
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_rank_knows_that_a_run_is_finished(rank, trainer, tmp_path, monkeypatch):
+    """Rank 0 opens nothing then, so the others must not wait for it."""
+    assert trainer("--max_iters=2").status == 0
+    done = trainer("--max_iters=2", env={"RANK": rank, "WORLD_SIZE": "2"})
+    assert done.status == 0 and done.stderr == "" and (done.stdout == "") == (rank == "1")
+
+
+def older_source(folder: Path) -> None:
+    """As if the run in `folder` had been started before the repository's model.py was edited."""
+    from nanogpt.common import source
+
+    model, record = folder / "source/nanogpt/model.py", folder / "config.json"
+    model.write_text("# as it was\n" + model.read_text())
+    digest = source.digest(source.collect(folder / "source", (".",)))
+    record.write_text(json.dumps({**json.loads(record.read_text()), "source_sha256": digest}))
+
+
+def test_a_resume_by_hand_from_edited_source_is_refused_unless_it_is_wanted(trainer, tmp_path):
+    assert trainer("--max_iters=2").status == 0
+    folder = tmp_path / "run"
+    older_source(folder)
+    before = snapshot(folder)
+    refused(
+        trainer("--init_from=resume"),
+        "nanogpt/model.py changed since",
+        "--new_source=true",
+        "--auto_resume=true",
+    )
+    assert snapshot(folder) == before
+    unwatched = trainer("--auto_resume=true", "--max_iters=3")
+    assert (
+        unwatched.status == 0
+        and "nanogpt/model.py changed since; this run goes on with its own copy" in unwatched.stderr
+    )
+    in_a_job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_RESTART_COUNT": "1",
+    }  # requeued with the words of the first attempt
+    requeued = trainer("--auto_resume=true", "--new_source", "--max_iters=4", env=in_a_job)
+    assert requeued.status == 0 and "its own copy" in requeued.stderr
+    wanted = trainer("--init_from=resume", "--new_source", "--max_iters=5")
+    assert wanted.status == 0, wanted.stderr
+    log = (folder / "log.txt").read_text()
+    assert "\nnew source from attempt 4 on sha256 " in log and "\n-# as it was\n" in log
+    assert not (folder / "source/nanogpt/model.py").read_text().startswith("# as it was")
+    assert trainer("--init_from=resume").status == 0  # nothing has changed since
+    assert sorted(tiny.losses(folder)) == list(range(20))
+
+
+def test_an_edited_copy_and_another_torch_are_refused(trainer, tmp_path):
     assert trainer("--max_iters=2").status == 0
     folder = tmp_path / "run"
     model = folder / "source/nanogpt/model.py"
     text = model.read_text()
     model.write_text(text + "\n")
-    refused(trainer("--auto_resume=true"), "source copy was edited", "--accept_changed=code")
+    refused(trainer("--auto_resume=true"), "source copy was edited", "--new_source=true")
     model.write_text(text)
     path = folder / "environment.json"
     environment = path.read_text()
@@ -254,6 +327,19 @@ def test_resume_without_a_sound_checkpoint(trainer, tmp_path):
     assert sorted(tiny.losses(tmp_path / "run")) == list(range(20))
 
 
+def test_weights_alone_are_no_checkpoint_to_resume_from(trainer, tmp_path):
+    assert trainer("--max_iters=2").status == 0
+    from nanogpt.common import checkpoints
+
+    path = tmp_path / "run/checkpoints/step_00000002"
+    loaded = checkpoints.load(path)
+    weights = loaded.tensors("model")
+    shutil.rmtree(path)
+    state = {key: value for key, value in loaded.state.items() if key != "step"}
+    checkpoints.save(path.parent, 2, {"model": weights}, state)
+    refused(trainer("--init_from=resume"), str(path), "without the optimizer's state", "--overwrite=true")
+
+
 def test_overwrite_moves_the_old_run_aside(trainer, tmp_path):
     assert trainer("--max_iters=2").status == 0
     before = snapshot(tmp_path / "run")
@@ -279,6 +365,16 @@ def test_a_start_that_was_killed_is_started_again(after, trainer, tmp_path):
     assert (folder / "job.json").exists()
     assert (tmp_path / "run.1" / after).exists()
     assert sorted(tiny.losses(folder)) == [0, 1, 2]
+
+
+def test_a_last_validation_that_breaks_costs_no_training(zygote, trainer, undisturbed, tiny_data, tmp_path):
+    reference = undisturbed("--eval_interval=20")
+    argv = [*tiny.FLAGS, "--eval_interval=20", f"--data_root={tiny_data}", f"--out_dir={tmp_path}/run"]
+    broken = zygote.run(argv, module="tests.faults.broken_validation", cwd=tmp_path)
+    assert broken.status == 1 and "MemoryError" in broken.stderr
+    assert "step 20: the validation broke; the checkpoint of this step is saved" in broken.stdout
+    assert trainer("--eval_interval=20").status == 0
+    assert_same(tmp_path / "run", reference)
 
 
 # ---- two attempts at once

@@ -8,7 +8,6 @@ import importlib
 
 from nanogpt.common.errors import UserError, run_command
 from nanogpt.common.flags import nearest
-from tools.site import settings
 
 # name: (module, one line for --help). The groups are in the order in which a newcomer meets them.
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -57,6 +56,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "tools.import_checkpoint",
             "nanoGPT's own ckpt.pt as a run directory, to sample and export",
         ),
+        "wandb": ("tools.wandb_follow", "send a run's metrics to Weights & Biases, live or afterwards"),
         "repro": ("tools.repro", "rebuild a run's source from its log, run it again, and compare every loss"),
     },
     "experiments": {
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
             f"engaging {name}: no such command{nearest(name, list(COMMANDS))} (all: engaging --help)"
         )
     if name != "config" and not {"-h", "--help"} & set(rest):
-        settings.apply()
+        importlib.import_module("tools.site.settings").apply()
     module_name, _, function = COMMANDS[name][0].partition(":")
     try:
         module = importlib.import_module(module_name)

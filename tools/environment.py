@@ -21,10 +21,12 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -216,7 +218,7 @@ def report(extras: list[str]) -> None:
     for start in range(0, len(versions), 5):
         print("  " + ", ".join(versions[start : start + 5]))
     if "torch" in pins(extras):
-        print("\n".join(_gpu_lines()))
+        print("\n".join([*_gpu_lines(), *_compiler_note()]))
 
 
 def _use(name: str) -> None:
@@ -239,14 +241,6 @@ def _gpu_lines() -> list[str]:
             lines.append(
                 f"GPU {index}: {seen.name}, {seen.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
             )
-        if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-            lines.append(
-                "warning: Python.h is absent, and Triton needs it: install python3-dev, or use conda"
-            )
-        if not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
-            lines.append(
-                "warning: no C compiler on PATH, and Triton needs one: install gcc (or load its module)"
-            )
         return lines
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         return [
@@ -256,6 +250,33 @@ def _gpu_lines() -> list[str]:
     return [
         f"GPUs: none that torch can use on this machine (torch is {build}); training runs on the CPU here"
     ]
+
+
+def _compiler_note() -> list[str]:
+    """What Triton, which compiles a little C for every kernel, would lack here: one line, or none."""
+    compiler = os.environ.get("CC") or next(
+        (name for name in ("cc", "gcc", "clang") if shutil.which(name)), ""
+    )
+    if not compiler:
+        return ["note: no C compiler on PATH, and kernels need one: install gcc, or load its module"]
+    include = sysconfig.get_paths()["include"]
+    with tempfile.TemporaryDirectory() as folder:
+        stub = Path(folder, "stub.c")
+        stub.write_text("#include <Python.h>\nPyObject *stub(void) { return PyLong_FromLong(1); }\n")
+        command = [*shlex.split(compiler), "-c", "-fPIC", f"-I{include}", str(stub), "-o", f"{folder}/stub.o"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return [f"note: the C compiler {compiler} does not run, and kernels need one: {error}"]
+    if done.returncode == 0:
+        return []
+    if not Path(include, "Python.h").is_file():
+        return [
+            f"note: {include} has no Python.h, and kernels need it: apt-get install python3-dev (Debian, Ubuntu), "
+            "dnf install python3.12-devel (EL8), or use conda"
+        ]
+    said = (done.stderr.strip().splitlines() or ["no message"])[0]
+    return [f"note: {compiler} cannot compile C against Python.h, and kernels need that: {said[:200]}"]
 
 
 def main(argv: list[str]) -> int:

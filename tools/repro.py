@@ -9,6 +9,7 @@ losses are equal; 1: they are not, and the first that differs is named; 2: the l
 """
 
 import difflib
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ OURS = (
     "auto_resume",
     "overwrite",
     "accept_changed",
+    "new_source",
     "check",
     "wandb_log",
     "out_dir",
@@ -122,8 +124,11 @@ def _entry(path: Path, files: dict[str, bytes], record: dict) -> str:
 
 
 def _losses(lines: list[str]) -> Iterator[tuple[tuple[str, int], float]]:
-    """The losses that the log prints, as it prints them. A resumed run repeats steps: the last one counts."""
-    for line in lines:
+    """The losses that the log prints, as it prints them. A resumed run repeats steps: the last one counts.
+
+    Those after --new_source come from other source than the log opens with: they are left out.
+    """
+    for line in itertools.takewhile(lambda line: not line.startswith(source.NEW_SOURCE), lines):
         for kind, pattern in (("train", _STEP), ("val", _VAL)):
             if found := pattern.match(line):
                 yield (kind, int(found[1])), float(found[2])

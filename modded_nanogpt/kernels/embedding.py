@@ -23,7 +23,7 @@ except ImportError:
 
 BLOCK_TOKENS, BLOCK_COLUMNS = (
     32,
-    256,
+    128,
 )  # of the rows of one id that are read at once; frequent tokens have thousands
 
 
@@ -44,38 +44,52 @@ def runs_of(ids: np.ndarray) -> Runs:
 
 
 def add_rows_(grad: Tensor, rows: Tensor, runs: Runs) -> None:
-    """grad[id] += sum of the rows that were looked up under `id`, summed in float32 in the order of the lane.
+    """grad[id] += sum of the rows that were looked up under `id`, summed in float32 in a fixed order.
 
-    grad: (R, d), any float dtype; rows: (T, d) contiguous.
+    grad: (R, d), any float dtype; rows: (T, d) contiguous. Or several tables with the same ids in one launch, so that
+    the most frequent token, whose rows one program reads, holds up all of them at once: (n, R, d) and (n, T, d).
     """
+    if grad.dim() == 2:
+        grad, rows = grad[None], rows[None]
     if not uses_kernels(grad):
-        reference.add_rows_(grad, rows, runs.ids, runs.starts, runs.order)
+        for table, part in zip(grad, rows, strict=True):
+            reference.add_rows_(table, part, runs.ids, runs.starts, runs.order)
         return
-    width = rows.shape[1]
+    if not (grad.is_contiguous() and rows.is_contiguous()):
+        raise ValueError("add_rows_: tables and rows must be contiguous")
+    tables, tokens, width = rows.shape
     with on_device_of(grad):
-        _add_rows_kernel[(runs.ids.numel(), triton.cdiv(width, BLOCK_COLUMNS))](
-            grad, rows, *runs, width, BLOCK_T=BLOCK_TOKENS, BLOCK_D=BLOCK_COLUMNS, num_warps=4
-        )
+        _add_rows_kernel[(runs.ids.numel(), triton.cdiv(width, BLOCK_COLUMNS), tables)](
+            grad, rows, *runs, grad.shape[1], tokens, width,
+            BLOCK_T=BLOCK_TOKENS, BLOCK_D=BLOCK_COLUMNS, num_warps=4,
+        )  # fmt: skip
 
 
 if triton is not None:
 
     @triton.jit
     def _add_rows_kernel(
-        grad, rows, ids, starts, order, D,
+        grad, rows, ids, starts, order, R, T, D,
         BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        """One program an id and a block of columns."""
-        run = tl.program_id(0)
+        """One program an id, a block of columns and a table.
+
+        The rows of a block are added place by place, and the places to each other only at the end: warps that hold
+        different places would otherwise have to meet for every block.
+        """
+        run, table = tl.program_id(0), tl.program_id(2).to(tl.int64)
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         in_row = column < D
         begin, end = tl.load(starts + run), tl.load(starts + run + 1)
-        target = grad + tl.load(ids + run).to(tl.int64) * D + column
-        total = tl.load(target, mask=in_row, other=0.0).to(tl.float32)
+        target = grad + (table * R + tl.load(ids + run)) * D + column
+        before = tl.load(target, mask=in_row, other=0.0).to(tl.float32)
+        rows += table * T * D
+        sums = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         for start in range(begin, end, BLOCK_T):
             places = start + tl.arange(0, BLOCK_T)
             source = tl.load(order + places, mask=places < end, other=0).to(tl.int64)
             inside = (places < end)[:, None] & in_row[None, :]
             tile = tl.load(rows + source[:, None] * D + column[None, :], mask=inside, other=0.0)
-            total += tl.sum(tile.to(tl.float32), axis=0)
+            sums += tile.to(tl.float32)
+        total = before + tl.sum(sums, axis=0)
         tl.store(target, total.to(grad.dtype.element_ty), mask=in_row)

@@ -36,7 +36,7 @@ class Choice:
 
 
 def choose(wanted: str, device: torch.device) -> Choice:
-    """The `fp8` knob (auto, on, off) against the hardware.
+    """The `fp8` knob (auto, force, off) against the hardware.
 
     The head needs FP8 tensor cores: Ada (sm_89) and later. The MLP's kernel also needs a copy engine for its tiles,
     without which Triton fetches them one at a time: Hopper (sm_90) and later. CPUs and older GPUs compute in the
@@ -58,8 +58,8 @@ def choose(wanted: str, device: torch.device) -> Choice:
 
 
 def _none(wanted: str, why: str) -> Choice:
-    if wanted == "on":
-        raise UserError(f"--fp8: on: {why}; use --fp8=auto, which takes bfloat16 there")
+    if wanted == "force":
+        raise UserError(f"--fp8=force: {why}; use --fp8=auto, which takes bfloat16 there")
     return Choice(False, False, why)
 
 

@@ -5,6 +5,10 @@ ReLU^2: Primer (arXiv 2109.08668). Only `post` is kept for the backward pass, wh
 pass read e4m3. The norm before bounds |u| by sqrt(d), so its scale is fixed: a floating-point format loses nothing by a
 scale that is too large by a factor of ten. The scale of `post` is not known before it is there; it comes from the
 largest entry of the step before, which the same kernel finds while it writes both `post` and its 8-bit copy.
+
+With FP8 in the backward pass too (record 92) `post` and d pre exist in 8 bits only. Both enter two products that sum
+over different axes, and tensor cores want the summed axis last: the kernel that makes a tile writes it in both layouts
+from the registers that hold it. A pass of its own that turns them would cost what the weights' gradients gain.
 """
 
 import math
@@ -14,7 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modded_nanogpt.kernels.fp8 import E4M3, E5M2, LARGEST, constant, quantise, scaled_mm, scales, to_low
+from modded_nanogpt.kernels.fp8 import (
+    E4M3,
+    E5M2,
+    LARGEST,
+    constant,
+    quantise,
+    scaled_mm,
+    scales,
+    to_low,
+    transpose_bytes,
+)
 from modded_nanogpt.kernels.launch import INTERPRETED, on_device_of
 from modded_nanogpt.kernels.reference import mlp as reference
 
@@ -49,13 +63,15 @@ class Fp8Mlp:
     """8-bit copies of all layers' weights, and the scales. All tensors stay where they are: compiled graphs read them.
 
     bank: (layers, 2, h, d) bfloat16, up and down, contiguous; h and d multiples of 16. up, down: which products of the
-    forward pass read 8 bits; backward: also those that form the gradients of pre and of u.
+    forward pass read 8 bits; backward: all others too, which takes both of the former.
     Call `refresh` before the first step and after each optimizer step.
     """
 
     def __init__(self, bank: Tensor, up: bool = True, down: bool = True, backward: bool = False) -> None:
         layers, _, hidden, width = bank.shape
         device = bank.device
+        if backward and not (up and down):
+            raise ValueError("mlp: 8 bits in the backward pass take 8-bit copies of the forward pass")
         self.bank = bank
         self.weight_scale = scales(2 * layers, 1.0, device)  # up and down alternate
         self.weight_largest = scales(2 * layers, 0.0, device)
@@ -92,7 +108,7 @@ class Fp8Mlp:
         if reduce is not None:
             reduce(largest)
         # Without a forward pass since the last refresh nothing is known.
-        scale = largest * (POST_ROOM / LARGEST[E4M3])
+        scale = (largest * (POST_ROOM / LARGEST[E4M3])).clamp_(min=1e-12)  # its reciprocal stays finite
         self.post_scale.copy_(torch.where(largest > 0, scale, self.post_scale))
         torch._foreach_zero_(self.largest)
         if exact:
@@ -145,15 +161,15 @@ def mlp(u: Tensor, up: Tensor, down: Tensor, fp8: Fp8Mlp | None = None, layer: i
         low_u = None
         if copies.up is not None:  # outside of the op, so that it fuses into the norm before
             low_u = to_low(u.detach(), input_scale(u.shape[1]))
-        out, _, largest = torch.ops.speedrun.mlp(
-            u, up, down, low_u, copies.up, copies.up_scale, copies.down, copies.down_scale, copies.post_scale,
-            copies.up_by_column, copies.down_by_row,
-        )  # fmt: skip
+        if copies.down_by_row is not None:
+            out, _, _, largest = torch.ops.speedrun.mlp_low(u, up, down, low_u, *copies[:5], *copies[6:])
+        else:
+            out, _, largest = torch.ops.speedrun.mlp(u, up, down, low_u, *copies[:5])
         # Here, as an op with gradients may not change its arguments.
         copies.largest.copy_(torch.maximum(copies.largest, largest.detach()))
         return out
     if INTERPRETED or (u.is_cuda and fused_pays(u.device.index)):
-        return torch.ops.speedrun.mlp(u, up, down, *[None] * 8)[0]
+        return torch.ops.speedrun.mlp(u, up, down, *[None] * 6)[0]
     return reference.mlp(u, up, down)
 
 
@@ -166,9 +182,8 @@ def input_scale(width: int) -> float:
 def _mlp(
     u: Tensor, up: Tensor, down: Tensor, low_u: Tensor | None, low_up: Tensor | None, up_scale: Tensor | None,
     low_down: Tensor | None, down_scale: Tensor | None, post_scale: Tensor | None,
-    up_by_column: Tensor | None, down_by_row: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out (L, d), post (L, h), its largest entry (1,)). The last two arguments serve the backward pass alone."""
+    """(out (L, d), post (L, h), its largest entry (1,)). The backward pass is in bfloat16."""
     post = u.new_empty(u.shape[0], up.shape[0])
     largest = torch.zeros(1, device=u.device)
     extra = {}
@@ -201,54 +216,89 @@ def _(grad: Tensor, post: Tensor, down: Tensor) -> Tensor:
     return torch.empty_like(post)
 
 
-@torch.library.custom_op("speedrun::mlp_input_grads", mutates_args=())
-def _input_grads(
-    grad: Tensor,
-    post: Tensor,
-    down_by_row: Tensor,
-    down_scale: Tensor,
-    up_by_column: Tensor,
-    up_scale: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """As `_pre_grad` (L, h), then the gradient of u (L, d), from 8-bit operands."""
-    grad, grad_scale = grad.contiguous(), constant(GRADIENT_SCALE, grad.device)
-    low_grad, out = torch.empty_like(grad, dtype=E5M2), torch.empty_like(post)
-    quantise(grad[None], grad_scale[None], rows=low_grad)
-    low = torch.empty_like(post, dtype=E5M2)
-    _launch(low_grad, down_by_row, out, (grad_scale, down_scale), post=post, low=low, low_scale=grad_scale)
-    return out, scaled_mm(low, up_by_column.T, grad_scale, up_scale, grad.dtype, fast=False)
-
-
-@_input_grads.register_fake
-def _(grad: Tensor, post: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(post), grad.new_empty(grad.shape)
-
-
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    u, up, down, _, _, up_scale, _, down_scale, _, up_by_column, down_by_row = inputs
     ctx.set_materialize_grads(False)  # nobody asks for the gradient by `post`; zeros for it would be large
-    ctx.low = down_by_row is not None
-    kept = (up_by_column, up_scale, down_by_row, down_scale) if ctx.low else (up, down)
-    ctx.save_for_backward(u, output[1], *kept)
+    ctx.save_for_backward(inputs[0], output[1], inputs[1], inputs[2])
 
 
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
 ) -> tuple[Tensor | None, ...]:
-    u, post, *kept = ctx.saved_tensors
-    if ctx.low:
-        up_by_column, up_scale, down_by_row, down_scale = kept
-        pre_grad, u_grad = torch.ops.speedrun.mlp_input_grads(
-            grad, post, down_by_row, down_scale, up_by_column, up_scale
-        )
-    else:
-        up, down = kept
-        pre_grad = torch.ops.speedrun.mlp_pre_grad(grad, post, down)
-        u_grad = pre_grad @ up
-    return u_grad, pre_grad.T @ u, post.T @ grad, *(None,) * 8
+    u, post, up, down = ctx.saved_tensors
+    pre_grad = torch.ops.speedrun.mlp_pre_grad(grad, post, down)
+    return pre_grad @ up, pre_grad.T @ u, post.T @ grad, *(None,) * 6
 
 
 _mlp.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("speedrun::mlp_low", mutates_args=())
+def _mlp_low(
+    u: Tensor, up: Tensor, down: Tensor, low_u: Tensor, low_up: Tensor, up_scale: Tensor, low_down: Tensor,
+    down_scale: Tensor, post_scale: Tensor, up_by_column: Tensor, down_by_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out (L, d), post / post_scale in e4m3 (L, h), the same turned (h, L), the largest entry of post (1,)).
+
+    L must be a multiple of 16. u, up and down receive the gradients; up_by_column and down_by_row serve these.
+    """
+    shape = u.shape[0], up.shape[0]
+    low, turned = u.new_empty(shape, dtype=E4M3), u.new_empty(shape[::-1], dtype=E4M3)
+    largest, factors = (
+        torch.zeros(1, device=u.device),
+        (constant(input_scale(u.shape[1]), u.device), up_scale),
+    )
+    _launch(low_u, low_up, None, factors, low=low, turned=turned, low_scale=post_scale, largest=largest)
+    return scaled_mm(low, low_down.T, post_scale, down_scale, u.dtype), low, turned, largest
+
+
+@_mlp_low.register_fake
+def _(u: Tensor, up: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = u.shape[0], up.shape[0]
+    both = u.new_empty(shape, dtype=E4M3), u.new_empty(shape[::-1], dtype=E4M3)
+    return torch.empty_like(u), *both, u.new_empty(1, dtype=torch.float32)
+
+
+@torch.library.custom_op("speedrun::mlp_low_gradients", mutates_args=())
+def _low_gradients(
+    grad: Tensor, low_u: Tensor, low: Tensor, turned: Tensor, post_scale: Tensor,
+    up_by_column: Tensor, up_scale: Tensor, down_by_row: Tensor, down_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of u (L, d), up and down (h, d), in grad's dtype, from 8-bit operands alone."""
+    grad, device, dtype = grad.contiguous(), grad.device, grad.dtype
+    scale, u_scale = constant(GRADIENT_SCALE, device), constant(input_scale(grad.shape[1]), device)
+    rows, columns = torch.empty_like(grad, dtype=E5M2), grad.new_empty(grad.shape[::-1], dtype=E5M2)
+    quantise(grad[None], scale[None], rows[None], columns[None])
+    d_down = scaled_mm(turned, columns.T, post_scale, scale, dtype, fast=False)
+    pre, pre_turned = torch.empty_like(low, dtype=E5M2), torch.empty_like(turned, dtype=E5M2)
+    _launch(
+        rows, down_by_row, None, (scale, down_scale), post=low, post_scale=post_scale,
+        low=pre, turned=pre_turned, low_scale=scale,
+    )  # fmt: skip
+    d_up = scaled_mm(pre_turned, transpose_bytes(low_u).T, scale, u_scale, dtype, fast=False)
+    return scaled_mm(pre, up_by_column.T, scale, up_scale, dtype, fast=False), d_up, d_down
+
+
+@_low_gradients.register_fake
+def _(grad: Tensor, low_u: Tensor, low: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (low.shape[1], grad.shape[1])
+    return grad.new_empty(grad.shape), grad.new_empty(weights), grad.new_empty(weights)
+
+
+def _save_low(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    _, _, _, low_u, _, up_scale, _, down_scale, post_scale, up_by_column, down_by_row = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        low_u, output[1], output[2], post_scale, up_by_column, up_scale, down_by_row, down_scale
+    )
+
+
+def _backward_low(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    return *torch.ops.speedrun.mlp_low_gradients(grad, *ctx.saved_tensors), *(None,) * 8
+
+
+_mlp_low.register_autograd(_backward_low, setup_context=_save_low)
 
 
 class Tiles(NamedTuple):
@@ -261,10 +311,13 @@ class Tiles(NamedTuple):
     warps: int
 
 
-def tiles(shared_bytes: int, eight_bit: bool, has_post: bool, has_low: bool) -> Tiles:
-    """For a GPU with so much shared memory a program: as many pieces under way as fit beside what goes in and out."""
+def tiles(shared_bytes: int, eight_bit: bool, end_bytes: int) -> Tiles:
+    """For a GPU with so much shared memory a program: as many pieces under way as fit beside what goes in and out.
+
+    end_bytes: of one number of the result, over all tensors that the end of a tile reads and writes.
+    """
     m, n, k = (128, 256, 64) if shared_bytes >= 220 * 1024 else (128, 128, 64)  # Hopper and B200, or others
-    ends = m * n // 2 * (2 + 2 * has_post + has_low)  # half a tile each of out, post and low
+    ends = m * n // 2 * end_bytes  # half a tile each
     stages = (shared_bytes - ends - 2048) // ((m + n) * k * (1 if eight_bit else 2))
     return Tiles(m, n, k, min(7, stages), 8)
 
@@ -272,24 +325,30 @@ def tiles(shared_bytes: int, eight_bit: bool, has_post: bool, has_low: bool) -> 
 def _launch(
     a: Tensor,
     b: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     factors: tuple[Tensor, Tensor] | None = None,
     post: Tensor | None = None,
+    post_scale: Tensor | None = None,
     low: Tensor | None = None,
+    turned: Tensor | None = None,
     low_scale: Tensor | None = None,
     largest: Tensor | None = None,
 ) -> None:
     """out (M, N) = relu(A B^T)^2, or with `post` (M, N): 2 (A B^T) sqrt(post).  A: (M, K), B: (N, K), row-major.
 
-    factors: scales of an 8-bit A and B. low: (M, N), out / low_scale in 8 bits. largest: (1,), raised to out's largest.
+    factors: scales of an 8-bit A and B. post_scale: of an 8-bit post. low: (M, N), out / low_scale in 8 bits; turned:
+    (N, M), the same transposed, M a multiple of 16. largest: (1,), raised to out's largest.
     """
     (rows, depth), columns = a.shape, b.shape[0]
     if columns % 16 or depth % 16:
         raise ValueError(f"mlp: width and hidden width {depth}, {columns}: must be multiples of 16")
+    if turned is not None and rows % 16:
+        raise ValueError(f"mlp: {rows} tokens: must be a multiple of 16 in 8 bits")
     if a.is_cuda:
         properties = torch.cuda.get_device_properties(a.device)
         programs, shared = properties.multi_processor_count, properties.shared_memory_per_block_optin
-        cut = tiles(shared, factors is not None, post is not None, low is not None)
+        ends = sum(tensor.element_size() for tensor in (out, post, low, turned) if tensor is not None)
+        cut = tiles(shared, factors is not None, ends)
     else:
         programs, cut = 3, Tiles(32, 64, 32, 1, 4)
     half = [cut.m, cut.n // 2]
@@ -300,8 +359,8 @@ def _launch(
     with on_device_of(a):
         _relu_square_kernel[(programs,)](
             described(a, [cut.m, cut.k]), described(b, [cut.n, cut.k]), described(out, half),
-            described(post, half), described(low, half),
-            *(factors or (None, None)), low_scale, largest, rows, columns, depth,
+            described(post, half), described(low, half), described(turned, half[::-1]),
+            *(factors or (None, None)), post_scale, low_scale, largest, rows, columns, depth,
             TOP=1.0 if low is None else LARGEST[low.dtype], PROGRAMS=programs,
             BLOCK_M=cut.m, BLOCK_N=cut.n, BLOCK_K=cut.k, num_stages=cut.stages, num_warps=cut.warps,
         )  # fmt: skip
@@ -310,29 +369,33 @@ def _launch(
 if triton is not None:
 
     @triton.jit
-    def _finish(sums, row, column, out, post, low, to_low, TOP: tl.constexpr):
+    def _finish(sums, row, column, out, post, low, turned, from_post, to_low, TOP: tl.constexpr):
         """Store half a tile; returns the largest entry of each of its rows."""
         if post is not None:
-            value = 2.0 * sums * tl.sqrt(post.load([row, column]).to(tl.float32))
+            value = 2.0 * sums * tl.sqrt(post.load([row, column]).to(tl.float32) * from_post)
         else:
             value = tl.maximum(sums, 0.0)
             value *= value
-        out.store([row, column], value.to(out.dtype))
+        if out is not None:
+            out.store([row, column], value.to(out.dtype))
         if low is not None:
-            low.store([row, column], tl.minimum(tl.maximum(value * to_low, -TOP), TOP).to(low.dtype))
+            rounded = tl.minimum(tl.maximum(value * to_low, -TOP), TOP).to(low.dtype)
+            low.store([row, column], rounded)
+            if turned is not None:
+                turned.store([column, row], tl.trans(rounded))
         return tl.max(value, axis=1)
 
     @triton.jit
     def _relu_square_kernel(
-        a, b, out, post, low, a_scale, b_scale, low_scale, largest, M, N, K,
+        a, b, out, post, low, turned, a_scale, b_scale, post_scale, low_scale, largest, M, N, K,
         TOP: tl.constexpr, PROGRAMS: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """As many programs as multiprocessors, each taking every PROGRAMS-th tile: one tile's stores overlap the next
         one's loads. Tiles of one row of A follow each other: it is read once, and B stays in the L2 cache.
 
-        a, b, out, post, low are tensor descriptors: copy-engine instructions on Hopper, plain loads before it; what
-        lies beyond an edge reads as zero and is not written.
+        a, b, out, post, low, turned are tensor descriptors: copy-engine instructions on Hopper, plain loads before it;
+        what lies beyond an edge reads as zero and is not written.
         """
         across = tl.cdiv(N, BLOCK_N)
         count = tl.cdiv(M, BLOCK_M) * across
@@ -340,6 +403,9 @@ if triton is not None:
         factor = 1.0
         if a_scale is not None:
             factor = tl.load(a_scale) * tl.load(b_scale)
+        from_post = 1.0
+        if post_scale is not None:
+            from_post = tl.load(post_scale)
         to_low = 1.0
         if low is not None:
             to_low = 1.0 / tl.load(low_scale)
@@ -356,7 +422,12 @@ if triton is not None:
             row, column = done // across * BLOCK_M, done % across * BLOCK_N
             # In two halves, each with a store of its own: half as much shared memory for what is on its way out.
             first, second = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-            top = tl.maximum(top, _finish(first * factor, row, column, out, post, low, to_low, TOP))
-            top = tl.maximum(top, _finish(second * factor, row, column + HALF, out, post, low, to_low, TOP))
+            top = tl.maximum(
+                top, _finish(first * factor, row, column, out, post, low, turned, from_post, to_low, TOP)
+            )
+            top = tl.maximum(
+                top,
+                _finish(second * factor, row, column + HALF, out, post, low, turned, from_post, to_low, TOP),
+            )
         if largest is not None:
             tl.atomic_max(largest, tl.max(top, axis=0))

@@ -14,6 +14,10 @@ anyway (cautious weight decay, Chen et al. 2025, arXiv 2510.12402). The weights 
 the lower 16 bits are kept here ("mantissa", record 57 of the modded-nanogpt speedrun), so the model, its casts and the
 messages stay bfloat16 and small updates are not lost.
 
+With two momenta (record 92) there is a slow one besides, S <- 0.98 S + 0.02 G, and M has a momentum f of its own:
+
+    U = m (w M + (1 - w) S) + (1 - m) G,    and the decay falls where S W >= 0, whatever the update does
+
 Passes over memory as compiled for a GPU, in bytes a number: the norm of U 6 (reads G and M), momentum and U 12 (reads
 G and M, writes M and U / |U| in bfloat16), the iteration's products, the squares of rows 2, and the update 10 (reads O,
 W and its lower half, writes both halves). U and the equalized O are nowhere in memory in float32.
@@ -27,6 +31,7 @@ from torch import Tensor
 from modded_nanogpt.optim.compiled import compiled, in_blocks, scalar
 from modded_nanogpt.optim.orthogonalize import MARGINS, Coefficients, orthogonalize
 
+SLOW = 0.98  # momentum
 SMALLEST = 1e-10  # of a second moment, and of the norm that is divided by
 
 
@@ -37,9 +42,26 @@ def nesterov_(gradient: Tensor, buffer: Tensor, momentum: Tensor, margin: float,
     """
     g = gradient.float() if scale == 1.0 else gradient.float() * scale
     buffer.mul_(momentum).add_((1 - momentum) * g)
-    mixed = (momentum * buffer + (1 - momentum) * g).to(gradient.dtype).float()
+    return _divided(momentum * buffer + (1 - momentum) * g, margin, gradient.dtype)
+
+
+def two_momenta_(
+    gradient: Tensor, fast: Tensor, slow: Tensor, momentum: Tensor, fast_momentum: Tensor, share: Tensor,
+    margin: float, scale: float,
+) -> Tensor:  # fmt: skip
+    """As `nesterov_` with a fast buffer, taken at `share`, and a slow one: both (n, r, c) float32, in place."""
+    g = gradient.float() if scale == 1.0 else gradient.float() * scale
+    fast.mul_(fast_momentum).add_((1 - fast_momentum) * g)
+    slow.mul_(SLOW).add_(g, alpha=1 - SLOW)
+    both = share * fast + (1 - share) * slow
+    return _divided(momentum * both + (1 - momentum) * g, margin, gradient.dtype)
+
+
+def _divided(mixed: Tensor, margin: float, dtype: torch.dtype) -> Tensor:
+    """Each matrix by `margin` x its norm, after rounding to `dtype` and in it."""
+    mixed = mixed.to(dtype).float()
     norm = mixed.square().sum((1, 2), keepdim=True).sqrt()
-    return (mixed / (margin * norm + 1e-6)).to(gradient.dtype)
+    return (mixed / (margin * norm + 1e-6)).to(dtype)
 
 
 def equalized(update: Tensor, second: Tensor, beta2: float) -> Tensor:
@@ -72,15 +94,16 @@ def store_(values: Tensor, weights: Tensor, low: Tensor | None) -> None:
 
 def apply_(
     update: Tensor, weights: Tensor, multipliers: Tensor, second: Tensor | None, low: Tensor | None,
-    lr: Tensor, decay: Tensor, beta2: float, cautious: bool,
+    slow: Tensor | None, lr: Tensor, decay: Tensor, beta2: float, cautious: bool,
 ) -> None:  # fmt: skip
     """Equalize the orthogonalized `update` (n, r, c), decay the weights and add it to them.
 
-    multipliers: (n, 1, 1) float32; lr and decay: 0-dim, decay the product of lr and the weight decay.
+    multipliers: (n, 1, 1) float32; slow: the momentum that says where to decay, None: the update does; lr and decay:
+    0-dim, decay the product of lr and the weight decay.
     """
     o = update.float() if second is None else equalized(update.float(), second, beta2)
     w = weights.float() if low is None else joined(weights, low)
-    decayed = torch.where(o * w >= 0, w, 0.0) if cautious else w
+    decayed = torch.where((o if slow is None else slow) * w >= 0, w, 0.0) if cautious else w
     store_(w - lr * multipliers * (decay * decayed + o), weights, low)
 
 
@@ -88,12 +111,12 @@ class NorMuon:
     """Momentum, second moments and lower halves of this rank's matrices, and their updates.
 
     weights: (n, r, c), updated in place. equalize false: plain Muon; mantissa false, or weights that are not bfloat16:
-    no lower halves. multipliers: of the learning rate, one a matrix.
+    no lower halves. multipliers: of the learning rate, one a matrix. two: fast and slow momentum instead of one.
     """
 
     def __init__(
         self, weights: Tensor, multipliers: Sequence[float], base_lr: float, base_decay: float, beta2: float,
-        coefficients: Coefficients, equalize: bool, cautious: bool, mantissa: bool, compile_: bool,
+        coefficients: Coefficients, equalize: bool, cautious: bool, mantissa: bool, two: bool, compile_: bool,
     ) -> None:  # fmt: skip
         count, rows, columns = weights.shape
         self.weights, self.base_lr, self.base_decay = weights, base_lr, base_decay
@@ -103,15 +126,16 @@ class NorMuon:
         )
         moments = (count, rows, 1) if rows >= columns else (count, 1, columns)
         self.momentum = torch.zeros_like(weights, dtype=torch.float32)
+        self.slow = torch.zeros_like(self.momentum) if two else None
         self.second = torch.zeros(moments, device=weights.device) if equalize else None
         halves = mantissa and weights.dtype == torch.bfloat16
         self.low = torch.zeros_like(weights, dtype=torch.int16) if halves else None
-        self._nesterov = compiled(nesterov_, compile_)
+        self._mix = compiled(two_momenta_ if two else nesterov_, compile_)
         self._apply = compiled(apply_, compile_)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs, by name: tensors with one entry a matrix on the leading axis, not copies."""
-        found = {"momentum": self.momentum, "second": self.second, "mantissa": self.low}
+        found = {"momentum": self.momentum, "slow": self.slow, "second": self.second, "mantissa": self.low}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def reset(self) -> None:
@@ -119,14 +143,26 @@ class NorMuon:
         for tensor in self.state().values():
             tensor.zero_()
 
-    def update(self, gradient: Tensor, factor: float, momentum: float, scale: float) -> None:
-        """One update. gradient: shaped as the weights, multiplied by `scale`; factor: of the learning rate."""
-        lr = self.base_lr * factor
-        margin, size = MARGINS[self.coefficients], scalar(momentum)
-        mixed = self._nesterov(gradient, self.momentum, size, margin, scale)
+    def update(
+        self,
+        gradient: Tensor,
+        factor: float,
+        momentum: float,
+        scale: float,
+        two: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        """One update. gradient: shaped as the weights, multiplied by `scale`; factor: of the learning rate.
+
+        two: the fast momentum and its share, where there are two.
+        """
+        lr, margin, sizes = self.base_lr * factor, MARGINS[self.coefficients], [scalar(momentum)]
+        buffers = [self.momentum]
+        if self.slow is not None:
+            buffers, sizes = [self.momentum, self.slow], [*sizes, *map(scalar, two)]
+        mixed = self._mix(gradient, *buffers, *sizes, margin, scale)
         update = orthogonalize(mixed, self.coefficients)
         tensors = [update, self.weights, self.multipliers]
-        optional = {"second": self.second, "low": self.low}
+        optional = {"second": self.second, "low": self.low, "slow": self.slow}
         fixed = {
             "lr": scalar(lr),
             "decay": scalar(lr * self.base_decay),
@@ -139,7 +175,7 @@ class NorMuon:
         present = [name for name, tensor in optional.items() if tensor is not None]
 
         def one_block(update: Tensor, weights: Tensor, multipliers: Tensor, *others: Tensor) -> None:
-            given = {"second": None, "low": None} | dict(zip(present, others, strict=True))
+            given = dict.fromkeys(optional) | dict(zip(present, others, strict=True))
             apply_(update, weights, multipliers, **given, **fixed)
 
         in_blocks([*tensors, *(optional[name] for name in present)], one_block)

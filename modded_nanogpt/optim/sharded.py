@@ -22,10 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from modded_nanogpt import schedule
 from modded_nanogpt.optim.adam import Adam
+from modded_nanogpt.optim.averaging import Averages
 from modded_nanogpt.optim.exchange import Sharded, Whole
 from modded_nanogpt.optim.normuon import NorMuon
-from modded_nanogpt.optim.orthogonalize import NEWTON_SCHULZ, POLAR_EXPRESS
+from modded_nanogpt.optim.orthogonalize import NEWTON_SCHULZ, POLAR_EXPRESS, SIX_ROUNDS
 from modded_nanogpt.optim.sparse import TouchedRows
 from modded_nanogpt.optim.table import REDUCE_ORDER, UPDATE_ORDER, Row, table
 from nanogpt.common.errors import UserError
@@ -75,6 +77,10 @@ class Optimizer:
         for unit in self.units.values():
             if unit.is_adam and not (unit.name == "embed" and config.embedding != "untied"):
                 unit.maths.allocate()
+        self.averages: Averages | None = None
+        if config.averaging:
+            exchanges = {name: unit.exchange for name, unit in self.units.items() if name != SMALL}
+            self.averages = Averages(exchanges, schedule.total_steps(config), ranks)
 
     def _unit(self, name: str, row: Row) -> Unit:
         parameter = self.parameters[name]
@@ -92,10 +98,11 @@ class Optimizer:
         base = max(1.0, rows / columns) ** 0.5
         multipliers = [base * row.lr * row.multipliers[k % len(row.multipliers)] for k in range(view[0])]
         multipliers += [0.0] * (exchange.share * self.ranks.world_size - view[0])
+        polar = SIX_ROUNDS if config.two_momenta else POLAR_EXPRESS
         maths = NorMuon(
             exchange.weights, multipliers[exchange.mine], config.muon_lr, config.muon_wd, config.normuon_beta2,
-            POLAR_EXPRESS if config.polar_express else NEWTON_SCHULZ, config.normuon, config.cautious_decay,
-            config.mantissa, self.compile,
+            polar if config.polar_express else NEWTON_SCHULZ, config.normuon, config.cautious_decay,
+            config.mantissa, config.two_momenta, self.compile,
         )  # fmt: skip
         return Unit(name, exchange, maths, (name,))
 
@@ -139,6 +146,14 @@ class Optimizer:
         if plan.adam and plan.untie and tied:
             self.units["embed"].maths.adopt(self.units["head"].maths)
         self.pending = not plan.adam and any(unit.is_adam for unit in self.units.values())
+        if self.averages is not None:
+            self.averages.tick(plan.step)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """After the last step: the weights become the averages that the config asks for."""
+        if self.averages is not None:
+            self.averages.apply()
 
     def _update(self, unit: Unit, plan: "StepPlan") -> None:
         """Wait for the unit's gradient, update this rank's part, clear the gradient and send the part off."""
@@ -153,7 +168,7 @@ class Optimizer:
                 unit.maths.allocate()
             unit.maths.update([gradient], plan.lr, scale, clear=exchange.in_place)
         else:
-            unit.maths.update(gradient, plan.lr, plan.momentum, scale)
+            unit.maths.update(gradient, plan.lr, plan.momentum, scale, plan.two)
         del gradient
         exchange.launch_gather()
         exchange.clear(updated=True)
@@ -168,10 +183,11 @@ class Optimizer:
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of optimizer state on this rank, by unit; gradients and weights are not counted."""
-        return {
+        found = {
             name: sum(tensor.numel() * tensor.element_size() for tensor in _state_tensors(unit))
             for name, unit in self.units.items()
         }
+        return found if self.averages is None else found | {"averages": self.averages.bytes}
 
     def reset(self) -> None:
         """Forget everything, as after construction: what a warm-up leaves is undone. Weights stay."""
@@ -184,6 +200,8 @@ class Optimizer:
                 unit.maths.allocate()
             unit.exchange.clear(updated=False)
         self.pending = False
+        if self.averages is not None:
+            self.averages.reset()
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
@@ -208,6 +226,8 @@ class Optimizer:
             if unit.is_adam and self.pending:
                 waiting = [name for name in unit.names if self.parameters[name].grad is not None]
                 found |= {f"{name}/gradient": self._average_gradient(name) for name in waiting}
+        if self.averages is not None:
+            found |= self.averages.tensors()
         return found if self.ranks.is_main else {}
 
     def _average_gradient(self, name: str) -> Tensor:
@@ -244,6 +264,8 @@ class Optimizer:
             if f"{name}/gradient" in tensors:
                 self._load_gradient(name, tensors[f"{name}/gradient"])
                 self.pending = True
+        if self.averages is not None:
+            self.averages.load(tensors)
 
     def _load_adam(self, unit: Unit, tensors: Mapping[str, Tensor]) -> None:
         unit.maths.allocate()
@@ -282,7 +304,7 @@ class Optimizer:
                     found |= {f"{name}/first": shape, f"{name}/second": shape, f"{name}/updates": ()}
                 if pending and (name != "embed" or "embed/gradient" in tensors):
                     found[f"{name}/gradient"] = shape
-        return found
+        return found if self.averages is None else found | self.averages.shapes(tensors)
 
 
 def _state_tensors(unit: Unit) -> list[Tensor]:

@@ -11,6 +11,7 @@ out_dir = "out/speedrun-medium"
 muon_lr = 0.015
 adam_lr = 0.004
 normuon_beta2 = 0.95
+muon_wd = 1.2
 cooldown = 0.70
 lr_floor = 0.1
 
@@ -27,6 +28,9 @@ depth_cut = False
 second_mlp = False
 grouped_mudd = False
 attention_cap = False
+averaging = False
+two_momenta = False
+sampled_softmax = False
 prefix = False
 qk_pairs = False
 short_documents = False

@@ -9,6 +9,7 @@ recipe = "record89"
 dataset = "fineweb10B"
 out_dir = "out/speedrun-record89"
 
+muon_wd = 1.2
 cooldown = 0.60
 lr_floor = 0.15
 dc = True
@@ -19,3 +20,6 @@ depth_cut = False
 second_mlp = False
 grouped_mudd = False
 attention_cap = False
+averaging = False
+two_momenta = False
+sampled_softmax = False

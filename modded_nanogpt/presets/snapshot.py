@@ -10,6 +10,7 @@ dataset = "fineweb10B"
 out_dir = "out/speedrun-snapshot"
 
 normuon_beta2 = 0.95
+muon_wd = 1.2
 cooldown = 0.55
 lr_floor = 0.1
 
@@ -24,6 +25,9 @@ depth_cut = False
 second_mlp = False
 grouped_mudd = False
 attention_cap = False
+averaging = False
+two_momenta = False
+sampled_softmax = False
 prefix = False
 qk_pairs = False
 short_documents = False

@@ -5,6 +5,7 @@ python modded_nanogpt/train_gpt.py tiny --dataset=python_source --vocab_size=128
 """
 
 recipe = "tiny"
+sampled_softmax = False  # it is made for GPT-2's vocabulary
 out_dir = "out/speedrun-tiny"
 eval_interval = 16
 eval_tokens = 8192

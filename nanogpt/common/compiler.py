@@ -9,7 +9,9 @@ this when it is imported.
 import contextlib
 import hashlib
 import os
+import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,6 +41,22 @@ def use_local_folders(operators: Iterable[Path]) -> None:
         base = _node_folder()
         for name in missing:
             os.environ[FOLDERS[name]] = str(base / name)
+
+
+def missing(device: str) -> str:
+    """What torch.compile lacks on this machine for a "cpu" or "cuda" device, in words; "" when all is there.
+
+    torch takes CXX, else g++ (macOS: clang++), for the CPU's kernels; Triton takes CC, gcc or clang for its launchers.
+    """
+    if device == "cpu":
+        variable, names = "CXX", ("clang++" if sys.platform == "darwin" else "g++",)
+    else:
+        variable, names = "CC", ("gcc", "clang")
+    given = os.environ.get(variable, "").split()
+    if any(shutil.which(name) for name in given[:1] or names):
+        return ""
+    kind = "C++" if device == "cpu" else "C"
+    return f"no {kind} compiler ({' or '.join(given[:1] or names)}; {variable} names another)"
 
 
 def compiler_threads(processes: int) -> int:

@@ -4,7 +4,17 @@ import platform
 
 import torch
 
-from nanogpt.common.peaks import peak_flops_of
+from nanogpt.common.peaks import peak_flops_of, utilisation, utilisation_words
+
+__all__ = [
+    "choose_dtype",
+    "describe",
+    "memory_gib",
+    "peak_flops",
+    "peak_flops_of",
+    "utilisation",
+    "utilisation_words",
+]
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -1,8 +1,8 @@
 """From a command line to a process that runs from the run's own copy of the source.
 
 Rank 0 opens the run directory (or refuses), the other ranks of the launch wait for it, then all of them go on in the
-copy. A resumed run goes on with the copy and the configuration it was started with, so editing the repository never
-changes a run that is queued or preempted.
+copy. The same command again goes on with a run that was interrupted. An attempt that nobody watches keeps the copy and
+the configuration that the run was started with, so editing never changes a run that is queued or preempted.
 """
 
 import contextlib
@@ -15,20 +15,21 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from nanogpt.common import checkpoint_names, lease, rundir, source
+from nanogpt.common import checkpoint_names, lease, rundir, source, tracking
 from nanogpt.common.errors import CommandError, UserError
 from nanogpt.common.flags import flag_given
 
 SMOKE_STEPS = 10
 # What a command line asks for this once; a resume without the flag does not inherit it.
-MOMENTARY = frozenset(["auto_resume", "overwrite", "accept_changed", "check", "eval_only"])
+MOMENTARY = frozenset(["auto_resume", "overwrite", "accept_changed", "new_source", "check", "eval_only"])
 
 
 @dataclass(frozen=True)
 class Trainer:
     """What distinguishes one trainer from another here."""
 
-    # A frozen dataclass with out_dir, init_from, auto_resume, overwrite, accept_changed, check, smoke.
+    # A frozen dataclass with out_dir, init_from, auto_resume, overwrite, accept_changed, new_source, check,
+    # smoke.
     config_class: type
     root: Path  # of the repository
     folders: tuple[str, ...]  # of the source copy
@@ -37,6 +38,7 @@ class Trainer:
     # Checks the data and the plan of a config; returns it with everything derived filled in, and what else
     # config.json is to keep.
     inspect: Callable[[object], tuple[object, dict]]
+    steps: Callable[[object], int]  # optimizer steps of a config's whole run
     # Files of the source copy that lie elsewhere, by their paths in the copy: a user's own.
     more_source: Callable[[object], dict[str, bytes]] = lambda config: {}
 
@@ -62,9 +64,10 @@ def smoke_values(values: dict[str, object], argv: list[str], small: dict[str, ob
 
 
 def open_run(trainer: Trainer, explicit: dict[str, object], argv: list[str]) -> Path | None:
-    """Open the run that the command line asks for; its directory, to go on in with `enter_copy`. None for `--check`.
+    """Open the run that the command line asks for; its directory, to go on in with `enter_copy`.
 
-    `explicit` holds the knobs the user set. UserError and StorageError come from rank 0 alone.
+    None when nothing is to be trained: `--check`, or a run that is finished. `explicit` holds the knobs the user set.
+    UserError and StorageError come from rank 0 alone.
     """
     with rank_zero_speaks():
         config = trainer.config_class(**explicit)
@@ -72,37 +75,21 @@ def open_run(trainer: Trainer, explicit: dict[str, object], argv: list[str]) -> 
         if os.environ.get("RANK", "0") == "0":
             with rundir.one_at_a_time(folder):
                 opened = _open(trainer, config, explicit, folder, argv)
+            if opened and _stored(folder)["config"].get("wandb_log"):
+                tracking.start(folder, trainer.root)
             return folder if opened else None
-        if config.check:
+        if config.check or _says_finished(trainer, config, explicit, folder):
             return None
         lease.wait_for(folder)
     return folder
 
 
 def _open(trainer: Trainer, config: object, explicit: dict, folder: Path, argv: list[str]) -> bool:
-    """Rank 0's part of `open_run`; False when `--check` ends here."""
-    held = rundir.holds_run(folder)
-    anew = config.smoke and config.init_from != "resume"
-    going_on = config.init_from == "resume" or (config.auto_resume and held and not anew)
-    if not going_on:
-        replaced = anew and held and bool(_stored(folder)["config"].get("smoke"))
-        rundir.refuse_taken(folder, config.overwrite or replaced)
-        resolved, details = trainer.inspect(config)
-        if config.check:
-            return False
-        files = source.collect(trainer.root, trainer.folders) | trainer.more_source(config)
-        record = {
-            "config": dataclasses.asdict(resolved),
-            "asked": dataclasses.asdict(config),
-            "source_sha256": source.digest(files),
-            "entry": trainer.entry,
-            "run_id": secrets.token_hex(8),
-            **details,
-        }
-        if replaced:
-            rundir.remove(folder)
-        rundir.create(folder, files, record, argv, config.overwrite)
-        return True
+    """Rank 0's part of `open_run`; False when nothing is to be trained."""
+    if getattr(config, "wandb_log", False):
+        tracking.mode()  # a setting that W&B does not know is refused before anything is written
+    if not _goes_on(config, folder):
+        return _begin(trainer, config, folder, argv)
     if not rundir.holds_run(folder):
         raise UserError(
             f"--out_dir={folder}: holds no run to resume; start one (--init_from=scratch), "
@@ -110,10 +97,21 @@ def _open(trainer: Trainer, config: object, explicit: dict, folder: Path, argv: 
         )
     lease.refuse_live(folder)
     stored = _stored(folder)
+    if config.init_from != "resume" and not config.auto_resume:
+        _refuse_another(trainer, folder, stored, config)
     accepted = set(filter(None, config.accept_changed.split(",")))
     merged = _merge(trainer, stored, explicit, "config" in accepted)
+    if _says_finished(trainer, config, explicit, folder):
+        loss = rundir.last_end(folder).get("val_loss")
+        print(
+            f"{folder}: finished{'' if loss is None else f', val loss {loss:.4f}'}; nothing is left to train. To start "
+            "anew: --overwrite=true, which moves this run aside, or another --out_dir",
+            flush=True,
+        )
+        return False
     merged, details = trainer.inspect(merged)
     _refuse_changes(folder, stored, details, accepted)
+    files = _new_source(trainer, config, stored, folder)
     if config.init_from == "resume" and not checkpoint_names.steps(folder / "checkpoints"):
         raise UserError(
             f"--out_dir={folder}: the run has no checkpoint to resume from (--init_from=resume); "
@@ -121,14 +119,120 @@ def _open(trainer: Trainer, config: object, explicit: dict, folder: Path, argv: 
         )
     if config.check:
         return False
-    asked = stored["asked"] | ({} if "config" not in accepted else explicit)
     changes = {
         "config": dataclasses.asdict(merged),
-        "asked": asked,
+        "asked": stored["asked"] | ({} if "config" not in accepted else explicit),
         "must_resume": config.init_from == "resume",
+        "source_sha256": source.digest(files) if files else stored["source_sha256"],
     }
-    rundir.reopen(folder, {**stored, **changes, **details}, argv)
+    rundir.reopen(folder, {**stored, **changes, **details}, argv, files)
     return True
+
+
+def _begin(trainer: Trainer, config: object, folder: Path, argv: list[str]) -> bool:
+    """A new run, also in the place of an old one where that may be; False for `--check`."""
+    old_smoke = config.smoke and rundir.holds_run(folder) and bool(_stored(folder)["config"].get("smoke"))
+    rundir.refuse_taken(folder, config.overwrite or old_smoke)
+    resolved, details = trainer.inspect(config)
+    if config.check:
+        return False
+    files = source.collect(trainer.root, trainer.folders) | trainer.more_source(config)
+    record = {
+        "config": dataclasses.asdict(resolved),
+        "asked": dataclasses.asdict(config),
+        "source_sha256": source.digest(files),
+        "entry": trainer.entry,
+        "run_id": secrets.token_hex(8),
+        **details,
+    }
+    if old_smoke:
+        rundir.remove(folder)
+    rundir.create(folder, files, record, argv, config.overwrite)
+    return True
+
+
+def _goes_on(config: object, folder: Path) -> bool:
+    """Whether the command line means the run in `folder`, rather than a new one."""
+    return config.init_from == "resume" or (
+        rundir.holds_run(folder) and not config.overwrite and not config.smoke
+    )
+
+
+def _says_finished(trainer: Trainer, config: object, explicit: dict, folder: Path) -> bool:
+    """Whether the command line means a run that has had all of its steps: the same answer on all ranks."""
+    if not _goes_on(config, folder) or getattr(config, "eval_only", False):
+        return False
+    try:
+        accepted = "config" in config.accept_changed.split(",")
+        merged = _merge(trainer, _stored(folder), explicit, accepted)
+    except UserError:
+        return False  # which rank 0 reports
+    end = rundir.last_end(folder)
+    return bool(end) and end.get("status") == "finished" and int(end.get("step", 0)) >= trainer.steps(merged)
+
+
+def _refuse_another(trainer: Trainer, folder: Path, stored: dict, config: object) -> None:
+    """UserError unless the command is the one that the run was started with."""
+    differing = {
+        name: (stored["asked"][name], value)
+        for name, value in dataclasses.asdict(config).items()
+        if name in stored["asked"] and name not in MOMENTARY | {"out_dir", "data_root"}
+        and value not in (stored["asked"][name], stored["config"].get(name))
+    }  # fmt: skip
+    if differing:
+        named = ", ".join(
+            f"--{name}={value}, was {then}" for name, (then, value) in list(differing.items())[:3]
+        )
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        way = "go on with it (--init_from=resume), " if differing.keys() <= trainer.free else ""
+        raise UserError(
+            f"--out_dir={folder}: holds a run already, with another configuration ({named}{more}); {way}choose another "
+            "--out_dir, or move it aside with --overwrite=true"
+        )
+
+
+def _new_source(trainer: Trainer, config: object, stored: dict, folder: Path) -> dict[str, bytes] | None:
+    """What takes the place of the run's source copy; None: the copy stays.
+
+    A resume by hand from edited source wants --new_source. With --auto_resume, which scripts say, the run goes on with
+    its copy; --new_source is then for the first attempt of a job, not for those that are requeued. UserError.
+    """
+    copy = source.collect(folder / "source", (".",))
+    edited = source.digest(copy) != stored["source_sha256"]
+    own = source.collect(trainer.root, trainer.folders)
+    with contextlib.suppress(UserError):  # a user's own file may have gone: the copy has it
+        own |= trainer.more_source(config)
+    new = copy | own
+    changed = source.changed(copy, new)
+    if config.new_source and not (config.auto_resume and _is_requeued(folder)):
+        return new if changed or edited else None
+    if edited:
+        raise UserError(
+            f"--out_dir={folder}: its source copy was edited, so a resume would not be exact; undo that, or go on with "
+            "this repository's source: --new_source=true"
+        )
+    if not changed:
+        return None
+    what = f"{changed[0]}{f' and {len(changed) - 1} more files' if changed[1:] else ''}"
+    if not config.auto_resume:
+        raise UserError(
+            f"--out_dir={folder}: {what} changed since this run was started; go on with the new source "
+            "(--new_source=true), or with the run's own copy of the old one (--auto_resume=true)"
+        )
+    print(
+        f"note: {what} changed since; this run goes on with its own copy of the source",
+        file=sys.stderr,
+        flush=True,
+    )
+    return None
+
+
+def _is_requeued(folder: Path) -> bool:
+    """Whether this attempt is one that SLURM, or the job's script, has made of an earlier one of the same job."""
+    job, last = os.environ.get("SLURM_JOB_ID", ""), lease.read(folder)
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0") or bool(
+        job and last and last.job == job
+    )
 
 
 def _stored(folder: Path) -> dict:
@@ -173,14 +277,12 @@ def _refuse_changes(folder: Path, stored: dict, details: dict, accepted: set[str
     except (KeyError, IndexError, TypeError):
         torch_then = ""  # torch was not installed as a package, or the file was edited
     torch_now = metadata.version("torch")
-    code = source.digest(source.collect(folder / "source", (".",)))
     changes = {
         "data": (
             "the data set is not the one it was started with",
             stored.get("data") != details.get("data"),
         ),
         "torch": (f"torch was {torch_then}, now it is {torch_now}", torch_then not in ("", torch_now)),
-        "code": ("its source copy was edited", stored["source_sha256"] != code),
     }
     for name, (what, changed) in changes.items():
         if not changed:

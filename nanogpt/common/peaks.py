@@ -1,5 +1,6 @@
 """Peak arithmetic of GPUs by name. Standard library only: tools that judge a run need no torch."""
 
+import math
 import re
 
 # Dense bfloat16 tensor-core peak in TFLOP/s, from NVIDIA's data sheets (without sparsity). The name is that of
@@ -30,3 +31,18 @@ def peak_flops_of(name: str) -> float | None:
         if re.search(pattern, name):
             return tflops * 1e12
     return None
+
+
+def utilisation(flops_per_s: float, peak: float | None, gpus: int) -> float | None:
+    """Share of what `gpus` GPUs could do (MFU), 0 to 1. None: the peak is unknown. Infinite: it must be wrong."""
+    if not peak:
+        return None
+    share = flops_per_s / (peak * gpus)
+    return share if share <= 1 else math.inf  # which metrics.jsonl has as null
+
+
+def utilisation_words(share: float | None) -> str:
+    """`utilisation`, for a line that people read."""
+    if share == math.inf:
+        return "unknown (above 100 %: the peak in nanogpt/common/peaks.py is wrong for this GPU)"
+    return "unknown" if share is None else f"{100 * share:.1f} %"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanogpt.common.errors import EXIT_USAGE, CommandError, UserError
-from nanogpt.common.machine import local_ranks, usable_cores
+from nanogpt.common.machine import has_nvidia_driver, local_ranks, usable_cores
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,14 @@ class Ranks:
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device `--device` means on this rank. UserError when there is no such GPU."""
+    """The device `--device` means on this rank. UserError when there is no such GPU, or `auto` would waste a job's."""
+    if wanted == "auto" and not torch.cuda.is_available() and _job_has_gpus():
+        cpu_build = torch.version.cuda is None
+        why = "it is a CPU build" if cpu_build else "it sees none of them"
+        remedy = "bash setup_env.sh --cuda" if cpu_build else "nvidia-smi, engaging doctor"
+        raise UserError(
+            f"torch {torch.__version__}: {why}, and this job has GPUs; {remedy} (to use the CPU: --device=cpu)"
+        )
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -108,6 +115,12 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
             f"{torch.cuda.device_count()}; start fewer ranks (--nproc_per_node), or ask for more GPUs"
         )
     return torch.device("cuda", index)
+
+
+def _job_has_gpus() -> bool:
+    """Whether SLURM gave this job GPUs on a machine that really has them, and nobody hid them."""
+    given = any(os.environ.get(name) for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE"))
+    return given and has_nvidia_driver() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
 def start(device_flag: str, backend_flag: str, num_threads: int = 0) -> Ranks:

@@ -212,10 +212,17 @@ def create(folder: Path, files: dict[str, bytes], config: dict, argv: Sequence[s
     lease.ready(folder, mine)
 
 
-def reopen(folder: Path, config: dict, argv: Sequence[str]) -> None:
-    """Become the next attempt of the run in `folder`."""
+def reopen(
+    folder: Path, config: dict, argv: Sequence[str], new_source: dict[str, bytes] | None = None
+) -> None:
+    """Become the next attempt of the run in `folder`; `new_source` takes the place of its source copy."""
     mine = lease.take(folder)
     end_line(folder / "log.txt")
+    if new_source:
+        change = source.change_to_log(source.collect(folder / "source", (".",)), new_source, mine.attempt)
+        with storage_errors(folder), (folder / "log.txt").open("ab") as log:
+            log.write(change)
+        source.replace_folder(new_source, folder / "source")
     write_environment(folder, argv)
     atomic_write_json(folder / "config.json", config)
     lease.ready(folder, mine)
@@ -244,6 +251,25 @@ def _free_name(folder: Path) -> Path:
     while (target := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     return target
+
+
+def last_end(folder: Path) -> dict | None:
+    """The `end` line of a run's newest attempt; None when that has not come to its end, or there is none."""
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and event.get("event") in ("start", "resume", "end"):
+                return event if event["event"] == "end" else None
+    return None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in `folder` came to its end."""
+    return (last_end(folder) or {}).get("status") == "finished"
 
 
 def end_line(path: Path) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt.common.errors import UserError
+from nanogpt.common.file_tokens import NOT_MAPPED, FileTokens
 from nanogpt.common.flags import nearest
 from nanogpt.common.manifest import (
     HEADER_BYTES,
@@ -58,6 +59,11 @@ __all__ = [
 ]
 
 MAGIC = 20240520
+LOOKS_LIKE = {  # what lies in a shard's place when a download or a checkout went wrong, by its first bytes
+    b"version https://git-lfs": "a pointer of git-lfs, which stands for the file (git lfs pull fetches it)",
+    b"<!doctype": "a web page, such as a log-in form",
+    b"<html": "a web page, such as a log-in form",
+}
 VERSION = 1
 GPT2_VOCAB = 50257
 GPT2_EOT = 50256
@@ -76,13 +82,18 @@ class Shard:
     offset_bytes: int  # HEADER_BYTES, or 0 for nanoGPT's raw files
     sha256: str | None = None
 
-    def tokens(self) -> np.memmap:
-        """The tokens as a read-only uint16 map [num_tokens]; UserError when the file has gone or shrunk."""
+    def tokens(self) -> np.memmap | FileTokens:
+        """The tokens as a read-only uint16 map [num_tokens]; UserError when the file has gone or shrunk.
+
+        Where the file system refuses to map files, they are read as they are asked for, and a note says so.
+        """
         try:
             return np.memmap(
                 self.path, dtype="<u2", mode="r", offset=self.offset_bytes, shape=(self.num_tokens,)
             )
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in NOT_MAPPED:
+                return FileTokens(self.path, self.offset_bytes, self.num_tokens)
             raise UserError(f"{self.path}: changed or went away while in use ({error}); {REMAKE}") from None
 
     @property
@@ -219,6 +230,9 @@ def read_header(path: Path) -> int:
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; {REMAKE}") from None
+    for beginning, what in LOOKS_LIKE.items():
+        if head.lstrip()[: len(beginning)].lower() == beginning:
+            raise UserError(f"{path}: not a token shard but {what}; {REMAKE}")
     if len(head) < HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes, shorter than a shard's header of {HEADER_BYTES}; {REMAKE}")
     magic, version, count = (int(number) for number in np.frombuffer(head, "<i4")[:3])

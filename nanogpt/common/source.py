@@ -10,9 +10,11 @@ A log opens like this, and holds enough to rebuild the folder that ran, byte for
     end of source
 """
 
+import difflib
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
@@ -20,6 +22,7 @@ from nanogpt.common.storage import fsync_folder, make_folder, storage_errors
 
 FIRST_LINE = "engaging-nanogpt log 1"
 LAST_LINE = "end of source"
+NEW_SOURCE = "new source "  # begins the line after which an attempt ran other source
 LARGEST_FILE, MOST_FILES = 1 << 20, 1000  # a log is a stranger's text: limits before work
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 
@@ -60,6 +63,30 @@ def write_folder(files: dict[str, bytes], folder: Path) -> None:
             target.write_bytes(data)
         temporary.rename(folder)
         fsync_folder(folder.parent)
+
+
+def replace_folder(files: dict[str, bytes], folder: Path) -> None:
+    """As `write_folder`, in the place of a folder that is there, which is deleted."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    with storage_errors(folder):
+        if folder.exists():
+            folder.rename(old)
+        write_folder(files, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
+    """The paths whose contents differ."""
+    return sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
+
+
+def change_to_log(old: dict[str, bytes], new: dict[str, bytes], attempt: int) -> bytes:
+    """What a log says of an attempt that goes on with other source: a line with the digests, the difference."""
+    lines = [f"{NEW_SOURCE}from attempt {attempt} on sha256 {digest(new)} in place of {digest(old)}"]
+    for path in changed(old, new):
+        texts = [files.get(path, b"").decode("utf-8", "replace").splitlines() for files in (old, new)]
+        lines += difflib.unified_diff(*texts, f"a/{path}", f"b/{path}", lineterm="")
+    return "".join(f"{line}\n" for line in [*lines, "end of new source"]).encode()
 
 
 def to_log(files: dict[str, bytes]) -> bytes:

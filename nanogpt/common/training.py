@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -96,27 +96,3 @@ def write_checkpoint(
 
     checkpoints.save_or_make_room(run.checkpoints, best, save_once)
     checkpoints.prune(run.checkpoints, keep, set() if best is None else {best})
-
-
-def start_wandb(config: Any, run: RunDir) -> Any:
-    """A Weights & Biases run that goes on over attempts; None unless --wandb_log. UserError without the package.
-
-    config: a trainer's dataclass with wandb_log, wandb_project and wandb_run_name.
-    """
-    if not config.wandb_log:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "--wandb_log=true: wandb is not installed; pip install wandb, or leave the flag away"
-        ) from None
-    try:
-        return wandb.init(
-            project=config.wandb_project, name=config.wandb_run_name or run.folder.name,
-            config=dataclasses.asdict(config), dir=str(run.folder), id=run.config["run_id"], resume="allow",
-        )  # fmt: skip
-    except wandb.errors.Error as error:
-        raise UserError(
-            f"--wandb_log=true: {error}; run wandb login, or set WANDB_MODE=offline, or leave the flag away"
-        ) from None

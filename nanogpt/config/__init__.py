@@ -32,6 +32,7 @@ FREE = frozenset(
         "auto_resume",
         "overwrite",
         "accept_changed",
+        "new_source",
         "check",
         "batch_size",
         "max_iters",
@@ -76,7 +77,11 @@ class Config:
     overwrite: bool = knob(
         False, "start afresh although out_dir holds a run; the old run is moved to out_dir.N"
     )
-    accept_changed: str = knob("", "resume although these changed: any of code,config,data,torch")
+    accept_changed: str = knob("", "resume although these changed: any of config,data,torch")
+    new_source: bool = knob(
+        False,
+        "resume from source that was edited since: it takes the place of the run's copy, and the log says so",
+    )
     check: bool = knob(False, "check everything that needs no GPU, print the plan and stop")
     smoke: bool = knob(
         False,
@@ -172,13 +177,12 @@ class Config:
                 "--overwrite=true with --auto_resume=true: one starts afresh, the other goes on; keep one"
             )
         unknown = {word for word in self.accept_changed.split(",") if word} - {
-            "code",
             "config",
             "data",
             "torch",
         }
         if unknown:
-            raise UserError(f"--accept_changed={self.accept_changed}: expected any of code,config,data,torch")
+            raise UserError(f"--accept_changed={self.accept_changed}: expected any of config,data,torch")
         check_device(self.device)
         if not self.out_dir.strip():
             raise UserError("--out_dir=: the run needs a directory, for example --out_dir=out/my-run")

@@ -1,11 +1,14 @@
 """GPT-2 124M, one epoch of OpenWebText: 17,234 steps of 524,288 tokens = 9 B tokens, warm-up 715 steps.
 
+make ddp-train NGPUS=8
 torchrun --standalone --nproc_per_node=8 -m nanogpt.train train_gpt2_epoch
 """
 
 out_dir = "out/nanogpt-gpt2-epoch"
 dataset = "openwebtext"
-batch_size = 32
+batch_size = (
+    64  # 64 x 1,024 x 8 GPUs = 524,288 tokens; fewer GPUs accumulate. Less memory: --batch_size=32, 16
+)
 block_size = 1024
 tokens_per_step = 524288
 

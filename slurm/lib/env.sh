@@ -55,7 +55,7 @@ find_conda() { # sets conda_sh and conda_from
     conda_from=""
 }
 
-find_python() { # sets base_python: the newest Python that can make a venv, and that torch supports
+find_python() { # sets base_python: one that runs, can make a venv, and has all pinned packages
     local name found wrong=""
     base_python=""
     local probe='
@@ -71,8 +71,11 @@ print(getattr(sys, "_base_executable", "") or sys.executable)'
         base_python=$("$ENV_PYTHON" -c "$probe" 2>&1) || die "ENV_PYTHON: $ENV_PYTHON: ${base_python:-does not start}"
         return
     fi
-    for name in python3.14 python3.13 python3.12 python3.11 python3; do
+    for name in python3.12 python3.13 python3.11 python3.14 python3 uv; do
         command -v "$name" >/dev/null 2>&1 || continue
+        if [ "$name" = uv ]; then # one that uv has installed; it shall not download another
+            name=$(uv python find --no-python-downloads '>=3.11,<3.15' 2>/dev/null) || continue
+        fi
         if found=$("$name" -c "$probe" 2>&1); then
             base_python=$found
             return
@@ -81,8 +84,9 @@ print(getattr(sys, "_base_executable", "") or sys.executable)'
             is\ Python* | lacks*) wrong="$name $found" ;;
         esac
     done
-    die "no conda, and no Python to make a venv with${wrong:+ ($wrong)}; install Python 3.11 or newer, name one in" \
-        "ENV_PYTHON, or: bash setup_env.sh --install-miniforge"
+    die "no conda, and no Python 3.11 to 3.14 to make a venv with${wrong:+ ($wrong)}; install one (Debian 12, Ubuntu" \
+        "24.04 and newer: apt-get install python3-venv python3-dev; EL8: dnf install python3.12 python3.12-devel;" \
+        "macOS: brew install python@3.12), name one in ENV_PYTHON, or: bash setup_env.sh --install-miniforge"
 }
 
 driver_version() { # the major version of NVIDIA's driver, or nothing
@@ -92,11 +96,14 @@ driver_version() { # the major version of NVIDIA's driver, or nothing
     case $driver in *[!0-9]*) ;; *) printf '%s\n' "$driver" ;; esac
 }
 
-slurm_has_gpus() { # or may have: a SLURM that does not answer decides nothing against them
+slurm_gpus() { # why jobs may meet a GPU that is not here; nothing where there is no SLURM, or none in its partitions
     local gres
-    command -v sinfo >/dev/null 2>&1 || return 1
-    gres=$(sinfo -h -o %G 2>/dev/null) || return 0
-    printf '%s\n' "$gres" | grep -Eq '(^|,)gpu(:|$)'
+    command -v sinfo >/dev/null 2>&1 || return 0
+    if ! gres=$(sinfo -h -o %G 2>/dev/null); then
+        echo "no GPU here, and SLURM does not say what its nodes have"
+    elif printf '%s\n' "$gres" | grep -Eq '(^|,)gpu(:|$)'; then
+        echo "no GPU here, but in partitions of this cluster"
+    fi
 }
 
 pip_has_another_index() { # by a variable, or in one of its files
@@ -112,7 +119,7 @@ pip_has_another_index() { # by a variable, or in one of its files
 # torch_why: the choice in words; torch_later: yes when only jobs meet a GPU. Unless asked, the torch that is there stays:
 # a home folder that a login node shares with GPU nodes is set up once.
 choose_torch() {
-    local driver
+    local driver elsewhere
     torch_index=any torch_build="" torch_new="" torch_later=no
     torch_why="pip's default index, whose build is for CUDA 13.0"
     if [ -n "${TORCH_INDEX_URL:-}" ]; then
@@ -125,6 +132,7 @@ choose_torch() {
         return
     fi
     driver=$(driver_version)
+    elsewhere=$(slurm_gpus)
     if [ -n "$driver" ] && [ "$driver" -lt $MIN_DRIVER_CU12 ]; then
         die "NVIDIA driver $driver: too old for this torch, which needs $MIN_DRIVER_CU12; update it, or use the CPU" \
             "build: bash setup_env.sh --cpu"
@@ -134,9 +142,8 @@ choose_torch() {
         if [ -z "$wanted" ] && [ -n "$(cat "$torch_from" 2>/dev/null)" ]; then torch_build=""; fi # chosen by somebody
     elif [ -n "$driver" ]; then
         torch_why="$torch_why, and driver $driver runs it"
-    elif slurm_has_gpus; then
-        torch_later=yes
-        torch_why="$torch_why: no GPU here, but in partitions of this cluster"
+    elif [ -n "$elsewhere" ]; then
+        torch_later=yes torch_why="$torch_why: $elsewhere"
     elif [ -z "$wanted" ] && [ "$(uname -s)" != Linux ]; then
         torch_why="pip's default index"
     elif [ -z "$wanted" ] && pip_has_another_index; then

@@ -1,5 +1,6 @@
 """Good token sets are read; every damaged one is refused in one line that names the file and the remedy."""
 
+import errno
 import json
 import os
 import pickle
@@ -154,7 +155,14 @@ MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "longer by a token": (edit_bytes(TRAIN1, lambda d: d + b"ab"), TRAIN1),
     "longer by a byte": (edit_bytes(TRAIN1, lambda d: d + b"a"), TRAIN1),
     "twice": (edit_bytes(TRAIN1, lambda d: d + d), TRAIN1),
-    "an HTML page": (edit_bytes(TRAIN1, lambda d: b"<html>" + b" " * 2000), TRAIN1),
+    "an HTML page": (
+        edit_bytes(TRAIN1, lambda d: b"\n<HTML>" + b" " * 2000),
+        "not a token shard but a web page",
+    ),
+    "a pointer": (
+        edit_bytes(TRAIN1, lambda d: b"version https://git-lfs.github.com/spec/v1\n"),
+        "git lfs pull",
+    ),
     "flipped bit, first token": (flip(HEADER_BYTES), TRAIN1),
     "flipped bit, last byte": (flip(HEADER_BYTES + 1199), TRAIN1),
     "flipped bit in val": (flip(HEADER_BYTES + 50, VAL), VAL),
@@ -405,6 +413,35 @@ def test_shard_that_vanishes_or_shrinks_under_us(tmp_path: Path) -> None:
     (folder / TRAIN1).unlink()
     with pytest.raises(UserError, match=TRAIN1):
         found.shards_train[0].tokens()
+
+
+def test_a_file_system_without_mmap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """ENODEV is what some network and FUSE mounts say: tokens are read as they are needed, and a note says so once."""
+    import torch
+
+    from nanogpt.batches import TrainBatches
+
+    found = open_token_set(str(make_set(tmp_path)), tmp_path)
+    place = {"rank": 0, "world_size": 1, "seed": 1, "device": torch.device("cpu")}
+
+    def batch() -> tuple:
+        return TrainBatches(found, block_size=8, batch_size=40, micro_steps=3, **place).get(1, 2)
+
+    mapped, expected = np.array(found.shards[0].tokens()), batch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    tokens = found.shards[0].tokens()
+    assert len(tokens) == 600 and tokens.dtype == np.uint16
+    assert np.array_equal(np.asarray(tokens), mapped) and np.array_equal(tokens[590:700], mapped[590:])
+    assert tokens[7] == mapped[7] and tokens[-1] == mapped[-1] and len(tokens[9:3]) == 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch(), expected, strict=True))
+    assert capsys.readouterr().err.count("does not map files") == 1
+    found.shards[0].path.write_bytes(b"short")
+    with pytest.raises(EOFError):
+        tokens[100:200]
 
 
 def test_any_header_is_judged_without_a_crash(tmp_path: Path) -> None:

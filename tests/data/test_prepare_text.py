@@ -116,6 +116,25 @@ def test_interrupted_it_goes_on_to_the_same_bytes(monkeypatch, tokenizer: str, d
     assert {path.name: path.read_bytes() for path in Path("data/mine").iterdir()} == sound
 
 
+def test_nanogpts_files_beside_the_shards(monkeypatch) -> None:
+    Path("a.txt").write_text(PLAY * 9)
+    prepare.main(["a.txt", "--shard_tokens=1024", "--format=bin"])
+    found = open_token_set("mine", Path("data"))
+    assert len(found.shards_train) > 2
+    for split, shards in (("train", found.shards_train), ("val", found.shards_val)):
+        raw = np.fromfile(f"data/mine/{split}.bin", np.uint16)
+        assert np.array_equal(raw, np.concatenate([shard.tokens() for shard in shards]))
+    before = Path("data/mine/train.bin").stat().st_ino
+    Path("data/mine/val.bin").write_bytes(b"ab")
+    prepare.main(["a.txt", "--shard_tokens=1024", "--format=bin"])
+    assert Path("data/mine/train.bin").stat().st_ino == before
+    assert Path("data/mine/val.bin").stat().st_size == 2 * found.num_tokens("val")
+    Path("raw").mkdir()
+    for split in ("train", "val"):
+        Path(f"data/mine/{split}.bin").rename(f"raw/{split}.bin")
+    assert open_token_set("./raw", Path("data")).num_tokens("train") == found.num_tokens("train")
+
+
 def test_a_text_that_was_edited_is_not_mixed_with_what_it_was() -> None:
     Path("a.txt").write_text(PLAY)
     prepare.main(["a.txt"])

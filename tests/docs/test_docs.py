@@ -31,7 +31,10 @@ from nanogpt.common.flags import parse
 from nanogpt.config import PRESETS, Config, resolve
 from tools.cli import COMMANDS
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "AGENTS.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 RUN_PAGES = ("README.md", "guide-1-baseline.md", "hacking.md", "run-directory.md", "performance.md")
 OWN_TESTS = ("guide-3-experiments.md",)  # tests/docs/test_guide_3.py runs its commands
 NOT_RUN = {
@@ -59,6 +62,7 @@ SLURM_FLAGS = {
         "array",
         "cpus-per-task",
         "exclude",
+        "mail-type",
         "format",
         "gres",
         "me",
@@ -88,6 +92,9 @@ def made_small(command: str, clone: Path) -> tuple[list[str], Path]:
         words[0] = str(clone / "tools/bin/engaging")
     kind = next((kind for kind in APPENDED if f"nanogpt.{kind}" in words or f"{kind}.py" in words), "")
     words += APPENDED.get(kind, ())
+    words += (
+        ["--max_iters=8"] if "--init_from=resume" in words else []
+    )  # to go on with a run that is finished
     if words[0] == "python":
         words[0] = sys.executable
     return words, clone / "nanogpt" if inside else clone
@@ -149,7 +156,7 @@ def test_the_commands_for_gpus_fit_their_presets() -> None:
     seen = 0
     for command in all_commands():
         if command.startswith("make ddp-train"):
-            ranks, rest = int(command.partition("NGPUS=")[2]), ["train_gpt2"]
+            ranks, rest = int(command.partition("NGPUS=")[2]), ["train_gpt2_epoch"]
         elif "torchrun" in command:
             words = shlex.split(command.removeprefix("cd nanogpt && "))
             numbers = {name: value for name, _, value in (word.partition("=") for word in words)}
@@ -213,7 +220,7 @@ INVENTED = {"nanogpt/config/mine.py"}  # the reader makes it
 
 def known_flags() -> set[str]:
     """Every flag that a command of this repository takes."""
-    classes = (Config, nanogpt.sample.Config, nanogpt.bench.Config, modded_nanogpt.config.Config)
+    classes = (Config, nanogpt.sample.Config, nanogpt.bench.Bench, modded_nanogpt.config.Config)
     flags = {field.name for cls in classes for field in dataclasses.fields(cls)}
     sources = [
         *(ROOT / "tools").rglob("*.py"),
@@ -391,7 +398,7 @@ PINNED = [  # (page, text there, file, text there)
         "nothing here can start that",
     ),
     ("troubleshooting.md", "this job has ... on each node", "slurm/lib/common.sh", "on each node"),
-    ("troubleshooting.md", "no fineweb10B there", "slurm/modded/train_speedrun.sh", "no fineweb10B there"),
+    ("troubleshooting.md", "no fineweb10B there", "slurm/lib/data.sh", "no $set there; prepare it first"),
     ("troubleshooting.md", "stopped by its file 'stop'", "slurm/lib/run.sh", "stopped by its file 'stop'"),
     ("troubleshooting.md", "warns after 60 days", "tools/site/checks_machine.py", "OLD_DAYS = 60"),
     ("troubleshooting.md", "needs root", "tools/practice/packages.py", "needs root"),

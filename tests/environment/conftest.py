@@ -55,8 +55,14 @@ conda() {
 
 
 @pytest.fixture(autouse=True)
-def nobodys_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the environment that these tests run in reaches them: `make test` exports its own ENV_PATH."""
+def nobodys_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing of the environment that these tests run in reaches them, neither its ENV_PATH nor its GPUs."""
+    programs = tmp_path / "no GPU"
+    programs.mkdir()
+    for name, text in (("nvidia-smi", "exit 9"), ("sinfo", "echo '(null)'")):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     for name in [*os.environ]:
         if name.startswith(FOREIGN):
             monkeypatch.delenv(name)
@@ -66,7 +72,7 @@ def nobodys_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def clone(tmp_path: Path) -> Path:
     """A copy of what set-up needs of the repository, in a folder with a space."""
     folder = tmp_path / "the clone"
-    for name in ("nanogpt/common", "tools"):
+    for name in ("nanogpt/common", "tools", "tools/site"):
         for path in (ROOT / name).glob("*.py"):
             target = folder / name / path.name
             target.parent.mkdir(parents=True, exist_ok=True)

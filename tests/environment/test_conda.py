@@ -48,6 +48,7 @@ def test_conda_makes_and_activates_it(setup, clone, home, conda):
     assert shown.stdout.splitlines()[-1] == f"{env_of(home)}/bin/python"
     gone = activate("bash", clone, home, "command -v python", CONDA_SH="/nowhere/conda.sh")
     assert gone.stdout.splitlines()[-1] == f"{env_of(home)}/bin/python", "a note, not an error"
+    assert "note: CONDA_SH: /nowhere/conda.sh" in gone.stdout and gone.stderr == ""
     assert setup("--extras", "none", "--brief").returncode == 0
 
 

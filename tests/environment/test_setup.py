@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -137,8 +138,15 @@ def test_ctrl_c_says_so_and_blames_nothing(setup, clone, home, tmp_path):
     works(home, clone)
 
 
-def test_a_failed_pip_is_one_line_and_the_next_run_goes_on(setup, clone, home):
-    failed = setup(*TOOLS, PIP_FAILS="yes")
+def test_a_failed_pip_is_one_line_and_the_next_run_goes_on(setup, clone, home, tmp_path):
+    df = tmp_path / "df"  # where /tmp has no room, pip unpacks beside the environment
+    df.write_text("#!/bin/sh\necho; case $2 in /tmp) echo x 1 1 5000000 ;; *) echo x 1 1 99000000 ;; esac\n")
+    df.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    failed = setup(*TOOLS, PIP_FAILS="yes", PATH=path, TMPDIR="/tmp")
+    assert f"/tmp has less than 12 GB free, so pip unpacks in {env_of(home)}.tmp" in failed.stdout
+    assert f"-c {env_of(home)}.tmp/constraints.txt" in pip_calls(home)[0]
+    assert not env_of(home).with_suffix(".tmp").exists()
     assert failed.returncode == 2
     assert failed.stderr.splitlines()[-1].startswith("error: pip could not install everything")
     done = setup(*TOOLS)
@@ -210,17 +218,66 @@ def test_home_and_folders_of_others_are_left_alone(setup, clone, home):
     assert (theirs / "thesis.tex").read_text() == "years of work"
 
 
-def test_too_old_a_python_is_named(setup, tmp_path):
+def test_too_old_a_python_is_named(setup, tmp_path, python):
     """No conda, and only a Python that is too old: what it is, what is needed, what to do."""
     tools = tmp_path / "only"
     tools.mkdir()
     for name in NEEDED.split():
         (tools / name).symlink_to(shutil.which(name))
-    refused(setup(PATH=str(tools), ENV_PYTHON=""), "no Python", "--install-miniforge")
+    commands = (
+        "apt-get install python3-venv",
+        "dnf install python3.12",
+        "brew install",
+        "--install-miniforge",
+    )
+    refused(setup(PATH=str(tools), ENV_PYTHON=""), "no Python", *commands)
     old = tools / "python3"
     old.write_text("#!/bin/sh\necho 'is Python 3.9, and 3.11 to 3.14 is needed' >&2\nexit 1\n")
     old.chmod(0o755)
-    refused(setup(PATH=str(tools), ENV_PYTHON=""), "python3 is Python 3.9", "3.11 or newer")
+    refused(setup(PATH=str(tools), ENV_PYTHON=""), "python3 is Python 3.9, and 3.11 to 3.14 is needed")
+    (tools / "python3.12").symlink_to("/bin/false")  # a version manager's stand-in for one that is not there
+    uv = tools / "uv"
+    uv.write_text(f'#!/bin/sh\n[ "$1 $2 $3" = "python find --no-python-downloads" ] && echo "{python}"\n')
+    uv.chmod(0o755)
+    assert f"by {python} (no conda)" in setup("--plan", PATH=f"{tools}", ENV_PYTHON="").stdout
+
+
+def test_what_kernels_need_is_said_in_one_line(tmp_path, monkeypatch):
+    cc, include = tmp_path / "cc", tmp_path / "include"
+    include.mkdir()
+    (include / "Python.h").touch()
+    monkeypatch.setattr(environment.sysconfig, "get_paths", lambda: {"include": str(include)})
+    for script, said in (
+        ("exit 0", []),
+        (
+            "echo 'stub.c:1: fatal: no' >&2; exit 1",
+            ["note: ", "cannot compile C against Python.h", "fatal: no"],
+        ),
+    ):
+        cc.write_text(f"#!/bin/sh\n{script}\n")
+        cc.chmod(0o755)
+        monkeypatch.setenv("CC", f"{cc} -O1")
+        assert all(word in "".join(environment._compiler_note()) for word in said)
+        assert len(environment._compiler_note()) == bool(said)
+    (include / "Python.h").unlink()
+    assert "has no Python.h" in environment._compiler_note()[0]
+    monkeypatch.setenv("CC", str(tmp_path / "gone"))
+    assert "does not run" in environment._compiler_note()[0]
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path / "include"))
+    assert "no C compiler on PATH" in environment._compiler_note()[0]
+
+
+def test_the_lock_of_uv_agrees():
+    """Every pin and constraint is what uv.lock has: `make uvlock` writes it anew."""
+    versions: dict[str, set[str]] = {}
+    for package in tomllib.loads((environment.ROOT / "uv.lock").read_text())["package"]:
+        versions.setdefault(package["name"], set()).add(package["version"])
+    extras = environment._pyproject()["project"]["optional-dependencies"]
+    pinned = environment.pins([*extras]) | dict(line.split("==") for line in environment.constraints())
+    wrong = {name: [*found] for name, found in versions.items() if name in pinned and found != {pinned[name]}}
+    missing = {*environment.pins([*extras])} - {*versions}
+    assert (wrong, missing) == ({}, set()), "run: make uvlock"
 
 
 def test_every_package_that_comes_along_is_pinned():

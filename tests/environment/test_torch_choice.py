@@ -46,7 +46,7 @@ def machine(tmp_path: Path):
         ("579.1\\n", "", [], {}, f"{WHL}/cu126: driver 579"),
         ("525.60.13\\n", "", ["--cuda"], {}, f"{WHL}/cu126: driver 525"),
         (None, GRES, [], {}, "for CUDA 13.0: no GPU here, but in partitions"),
-        (None, None, [], {}, "for CUDA 13.0: no GPU here, but in partitions"),  # a SLURM that does not answer
+        (None, None, [], {}, "for CUDA 13.0: no GPU here, and SLURM does not say"),
         (None, "(null)\\n", [], {}, f"{WHL}/cpu: no GPU here or in SLURM"),
         (None, "shard:4,gpu_mem:80\\n", [], {}, f"{WHL}/cpu: no GPU here or in SLURM"),
         (None, "(null)\\n", [], {"PIP_INDEX_URL": "file:///mirror"}, "pip's own index (no GPU here"),

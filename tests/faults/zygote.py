@@ -121,7 +121,7 @@ class Zygote:
         self.folder.cleanup()
 
 
-def _command(module: str):
+def command_of(module: str):
     """`main(argv)` of a module; the trainer's without its second process."""
     found = importlib.import_module(module)
     if module != "nanogpt.train":
@@ -149,7 +149,7 @@ def _child(request: dict) -> None:
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
         sys.argv = [request["module"], *request["argv"]]
-        run_command(_command(request["module"]))
+        run_command(command_of(request["module"]))
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:

@@ -131,7 +131,7 @@ def test_attention_keeps_pieces_of_long_documents_apart(token_set):
     assert piece_ends(np.array([5, 4, 13]), 4).tolist() == [4, 5, 9, 13, 17, 21, 22]
     assert piece_ends(np.array([5, 4]), 0).tolist() == [5, 9]
     kept = Config(recipe="tiny", steps=12, extension_steps=2, dataset="random", data_passes=9, eval_tokens=900,
-                  eval_slice=256)  # fmt: skip
+                  eval_slice=256, sampled_softmax=False)  # fmt: skip
     capped, plain = (
         TrainBatches(token_set, dataclasses.replace(kept, attention_cap=on), 0, 1, CPU)
         for on in (True, False)

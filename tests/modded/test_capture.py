@@ -6,12 +6,13 @@ from functools import partial
 import pytest
 import torch
 
-from modded_nanogpt import lanes, schedule, setup
+from modded_nanogpt import candidates, lanes, schedule, setup
+from modded_nanogpt.batches import Batch
 from modded_nanogpt.config import Config
 from modded_nanogpt.fast.capture import Recorder
 from nanogpt.common.errors import UserError
 from nanogpt.common.ranks import Ranks
-from tests.modded.test_lanes import TOKENS, lane, small
+from tests.modded.test_lanes import TOKENS, VOCAB, lane, small
 
 
 class Repeater(Recorder):
@@ -28,6 +29,14 @@ class Repeater(Recorder):
         return launch, results
 
 
+def sampled(batch: Batch, plan: schedule.StepPlan) -> Batch:
+    """The lane with as many classes as `plan` says."""
+    if not plan.classes:
+        return batch
+    chosen = candidates.candidates(batch.targets.numpy(), plan.classes, VOCAB, 3)
+    return dataclasses.replace(batch, candidates=torch.from_numpy(chosen))
+
+
 def three_steps(state: lanes.State, ranks: Ranks, plans: list[schedule.StepPlan]) -> tuple[list, dict]:
     """(losses, weights after them) of two lanes a step, from fresh weights."""
     state.model.init_weights(7)
@@ -40,28 +49,28 @@ def three_steps(state: lanes.State, ranks: Ranks, plans: list[schedule.StepPlan]
     losses = []
     for number, plan in enumerate(plans):
         for place in range(2):
-            batch = lane(2 * number + place).to(ranks.device)
+            batch = sampled(lane(2 * number + place), plan).to(ranks.device)
             losses.append(lanes.train_lane(state, ranks, batch, plan).item())
         state.optimizer.step(plan)
     return losses, {name: weights.detach().clone() for name, weights in state.model.named_parameters()}
 
 
 def compare(device: str, recorder: type[Recorder], tolerance: float, *flags: str) -> None:
-    """Tied and untied steps, with Adam and without, two windows."""
+    """Tied and untied steps, with Adam and without, two windows, some classes and all."""
     ranks = Ranks(0, 0, 1, torch.device(device))
     config = small(f"--device={device}", *flags)
     state = setup.build(config, ranks)
     first = schedule.at(config, 0)
     wide = dataclasses.replace(first, long_window=64)
     plans = [
-        dataclasses.replace(first, adam=False),
+        dataclasses.replace(first, adam=False, classes=160),
         dataclasses.replace(wide, adam=True, untie=True),
         dataclasses.replace(wide, adam=True, tied=False),
     ]
     losses, weights = three_steps(state, ranks, plans)
     made = recorder(ranks.device, partial(lanes.lasting_tensors, state))
     for plan in plans:
-        lanes.record_lane(state, made, ranks, lane(9).to(ranks.device), plan)
+        lanes.record_lane(state, made, ranks, sampled(lane(9), plan).to(ranks.device), plan)
     made.seal()
     state.recorder = made
     replayed, found = three_steps(state, ranks, plans)

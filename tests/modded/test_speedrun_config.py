@@ -31,12 +31,12 @@ def test_presets():
 
 def test_the_records_numbers():
     config = Config()
-    assert (config.muon_lr, config.adam_lr, config.muon_wd, config.adam_wd) == (0.023, 0.008, 1.2, 0.005)
+    assert (config.muon_lr, config.adam_lr, config.muon_wd, config.adam_wd) == (0.023, 0.008, 2.25, 0.005)
     assert (config.normuon_beta2, config.cooldown, config.lr_floor, config.adam_every) == (0.9, 0.80, 0.30, 2)
     off = {field.name for field in dataclasses.fields(config) if field.type is bool and not field.default}
     assert off == {
         "auto_resume", "overwrite", "check", "attention_at_6", "dc", "canonical", "wandb_log", "deterministic",
-        "fp8_backward", "smoke",
+        "fp8_backward", "smoke", "new_source",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(config)} >= FREE
 
@@ -73,16 +73,16 @@ BAD = {
     "--lanes=3": "--lanes=3: stage 1's 131,072 tokens do not divide",
     "--lanes=48": "do not divide into 48 lanes",
     "--device=gpu": "expected auto, cpu, cuda or cuda:N",
-    "--device=cpu --fp8=on": "--fp8=on: needs a GPU",
+    "--device=cpu --fp8=force": "--fp8=force: needs a GPU",
     "--device=cpu --attention=fa3": "--attention=fa3: needs a GPU",
     "--device=cpu --backend=nccl": "--backend=nccl: needs GPUs",
-    "--fp8=on --fp8_head=false --fp8_up=false --fp8_down=false": "nothing is left to compute with it",
+    "--fp8=force --fp8_head=false --fp8_up=false --fp8_down=false": "nothing is left to compute with it",
     "--half_rope=false": "add --key_offset=false",
     "--vocab_size=1": "nothing is left to predict",
     "--vocab_size=512 --canonical=true": "made for GPT-2's tokens",
     "--auto_resume=true --overwrite=true": "keep one",
     "--init_from=resume --overwrite=true": "keep one",
-    "--accept_changed=weather": "expected any of code,config,data,torch",
+    "--accept_changed=weather": "expected any of config,data,torch",
     "--out_dir= ": "needs a directory",
     "--out_dir=~nobody-here/x": "there is no such user",
     "--recipe=medium": "has no place for it",

@@ -206,7 +206,7 @@ def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
         (["--steps=100"], "tiny_train_000001.bin"),
         (["--eval_tokens=4096"], "--eval_tokens=4096"),
         (["--lanes=12"], "--lanes=12"),
-        (["--fp8=on"], "--fp8=on"),
+        (["--fp8=force"], "--fp8=force"),
         (["--attention=fa3"], "--attention=fa3"),
         pytest.param(["--device=cuda"], "--device=cuda", marks=pytest.mark.skipif(HAS_GPU, reason="has a GPU")),
         (["--xsaa=false"], "did you mean '--xsa'"),

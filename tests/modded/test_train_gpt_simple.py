@@ -193,8 +193,8 @@ def test_stop_file_and_a_resume_without_the_variants_file(data, planned, tmp_pat
         data, *flags, "--auto_resume=true", "--num_iterations=9", "--accept_changed=config", status=2
     )
     assert "a finished run keeps no optimizer" in errors
-    run(data, *flags, "--auto_resume=true", "--num_iterations=6", "--accept_changed=config")
-    assert losses(out) == losses(planned[0] / "idea") and len(records(out, "end")) == 3
+    said, _ = run(data, *flags, "--auto_resume=true", "--num_iterations=6", "--accept_changed=config")
+    assert "finished, val loss" in said and len(records(out, "end")) == 2
 
 
 def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):

@@ -163,7 +163,10 @@ def test_a_resumed_run_counts_the_last_line_of_a_step() -> None:
         "step 3/9: loss 2.5000, lr 1", "step 4: val loss 2.4000 (best so far)", "step 4/9: loss 9.0000, lr 1",
         "a step 5/9: loss 1.0000, in a sentence", "step 4/9: loss 2.3000, lr 1",
     ]  # fmt: skip
-    assert dict(repro._losses(lines)) == {("train", 3): 2.5, ("val", 4): 2.4, ("train", 4): 2.3}
+    found = {("train", 3): 2.5, ("val", 4): 2.4, ("train", 4): 2.3}
+    assert dict(repro._losses(lines)) == found
+    other_source = ["new source from attempt 2 on sha256 ab in place of cd", "step 5/9: loss 9.0000, lr"]
+    assert dict(repro._losses([*lines, *other_source])) == found
 
 
 THEN = {("val", 0): 3.0, ("train", 0): 2.9, ("train", 1): 2.8001, ("val", 2): 2.7}

@@ -38,6 +38,7 @@ INCIDENTAL = {
         "auto_resume",
         "overwrite",
         "accept_changed",
+        "new_source",
         "check",
         "init_from",
         "plan",

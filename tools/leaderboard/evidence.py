@@ -20,7 +20,8 @@ LARGEST_LOG = 64 << 20
 MOST_LINES = 1_000_000
 # Knobs that do not say what was trained: where files go, how the run is watched, which seed.
 NOT_RECIPE = {
-    "out_dir", "data_root", "seed", "init_from", "auto_resume", "overwrite", "accept_changed", "check",
+    "out_dir", "data_root", "seed", "init_from", "auto_resume", "overwrite", "accept_changed", "new_source",
+    "check",
     "save_interval", "save_minutes", "keep_checkpoints", "always_save_checkpoint", "log_interval", "num_threads",
     "device", "backend", "eval_only", "plan",
 }  # fmt: skip

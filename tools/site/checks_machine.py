@@ -58,13 +58,13 @@ def _driver(cuda: str | None) -> list[Finding]:
     if cuda is None:
         return [
             Finding("driver", "fail", f"driver {driver}, but this torch is for the CPU only",
-                    "bash setup_env.sh on a machine with a GPU, or TORCH_INDEX_URL=... bash setup_env.sh")
+                    "bash setup_env.sh --cuda")
         ]  # fmt: skip
     need = minimum_driver(cuda)
     if int(driver.split(".")[0]) < need:
         return [
             Finding("driver", "fail", f"driver {driver} is too old for torch's CUDA {cuda} (needs {need})",
-                    "TORCH_INDEX_URL of an older CUDA, then bash setup_env.sh")
+                    "bash setup_env.sh on this machine: it takes an older CUDA")
         ]  # fmt: skip
     return [Finding("driver", "ok", f"driver {driver} serves CUDA {cuda}")]
 

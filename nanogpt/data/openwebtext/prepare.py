@@ -2,6 +2,7 @@
 
     python nanogpt/data/openwebtext/prepare.py
     python nanogpt/data/openwebtext/prepare.py --max_documents=100000 --name=openwebtext_small
+    python nanogpt/data/openwebtext/prepare.py --format=bin
     python nanogpt/data/openwebtext/prepare.py --text_files='/data/mine/*.jsonl' --name=mine
 
 Streams the text from the Hugging Face hub and encodes it on all cores; memory stays under 1 GB. Interrupted
@@ -46,6 +47,9 @@ class Config:
     max_documents: int = knob(0, "stop after so many documents, 0: all", low=0)
     val_every: int = knob(2000, "one document in so many is validation text, picked by a hash", low=2)
     shard_tokens: int = knob(100_000_000, "tokens in one shard", low=1024, high=1_000_000_000)
+    format: str = knob(
+        "shards", "bin: also nanoGPT's train.bin and val.bin, beside the shards", choices=("shards", "bin")
+    )
     num_workers: int = knob(0, "threads that encode, 0: one a core", low=0, high=512)
 
 
@@ -76,7 +80,7 @@ def main(argv: list[str]) -> None:
         if state.files:
             print(f"{config.name}: {len(state.files)} shards are there; going on", flush=True)
         _make(config, source, root, made_from, state)
-    _say(config.name, root, "already prepared and verified" if state is None else "prepared")
+    _say(config, root, "already prepared and verified" if state is None else "prepared")
 
 
 def _make(config: Config, source: object, root: Path, made_from: dict, state: object) -> None:
@@ -104,14 +108,18 @@ def _make(config: Config, source: object, root: Path, made_from: dict, state: ob
             print(f"{config.name}: another process has finished it meanwhile", flush=True)
 
 
-def _say(name: str, root: Path, what: str) -> None:
+def _say(config: Config, root: Path, what: str) -> None:
     from nanogpt.common.shards import open_token_set
+    from nanogpt.data.raw import write_raw
 
-    found = open_token_set(name, root)
+    found = open_token_set(config.name, root)
     print(
-        f"{name}: {what}: {found.num_tokens('train'):,} training tokens in {len(found.shards_train)} shards, "
+        f"{config.name}: {what}: {found.num_tokens('train'):,} training tokens in {len(found.shards_train)} shards, "
         f"{found.num_tokens('val'):,} for validation, in {found.folder}"
     )
+    if config.format == "bin":
+        for path in write_raw(found):
+            print(f"{path}: {path.stat().st_size / 1e9:,.2f} GB, uint16")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ class Config:
     name: str = knob("mine", "name of the token set and its folder")
     data_root: str = knob("", "folder that holds the token sets (default $DATA_ROOT, else data/)")
     shard_tokens: int = knob(100_000_000, "tokens in one shard", low=1024, high=1_000_000_000)
+    format: str = knob(
+        "shards", "bin: also nanoGPT's train.bin and val.bin, beside the shards", choices=("shards", "bin")
+    )
     num_workers: int = knob(0, "threads that encode, 0: one a core", low=0, high=512)
 
 
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> None:
             "FILE: name the text files to prepare, for example: "
             "python nanogpt/data/text/prepare.py book.txt --name=mine"
         )
-    from nanogpt.common.shards import data_root, open_token_set
+    from nanogpt.common.shards import data_root
     from nanogpt.common.storage import make_folder
     from nanogpt.data.files import TextFiles
     from nanogpt.data.resume import recover
@@ -67,12 +70,27 @@ def main(argv: list[str]) -> None:
             config.name, folder, config.shard_tokens, made_from, state, vocabulary=vocabulary
         )
         write(config, source, encode, writer)
+    say(
+        config,
+        root,
+        source.describe_split(),
+        "already prepared and verified" if state is None else "prepared",
+    )
+
+
+def say(config: Config, root: Path, split: str, what: str) -> None:
+    """What there is now, and the command that trains on it."""
+    from nanogpt.common.shards import open_token_set
+    from nanogpt.data.raw import write_raw
+
     found = open_token_set(config.name, root)
     print(
-        f"{config.name}: {'already prepared and verified' if state is None else 'prepared'}: "
-        f"{found.num_tokens('train'):,} training tokens, {found.num_tokens('val'):,} for validation "
-        f"({source.describe_split()}), vocabulary {found.vocab_size:,}, in {found.folder}"
+        f"{config.name}: {what}: {found.num_tokens('train'):,} training tokens, {found.num_tokens('val'):,} for "
+        f"validation ({split}), vocabulary {found.vocab_size:,}, in {found.folder}"
     )
+    if config.format == "bin":
+        for path in write_raw(found):
+            print(f"{path}: {path.stat().st_size / 1e9:,.2f} GB, uint16")
     preset = (
         "train_shakespeare_char" if config.tokenizer == "char" else "finetune_shakespeare --init_from=gpt2"
     )

@@ -15,7 +15,16 @@ import time
 import numpy as np
 import torch
 
-FILES = ("attention", "cross_entropy", "dynamic_composition", "embedding", "fp8", "mlp", "symmetric_matmul")
+FILES = (
+    "attention",
+    "cross_entropy",
+    "dynamic_composition",
+    "embedding",
+    "fp8",
+    "linear",
+    "mlp",
+    "symmetric_matmul",
+)
 DTYPES = {
     "fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
     "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2,

@@ -77,8 +77,8 @@ def test_fp8_is_refused_where_there_is_none():
     for wanted in ("auto", "off"):
         choice = fp8.choose(wanted, cpu)
         assert not choice.head and not choice.mlp and choice.why
-    with pytest.raises(UserError, match="--fp8: on: device cpu has no FP8 products; use --fp8=auto"):
-        fp8.choose("on", cpu)
+    with pytest.raises(UserError, match="--fp8=force: device cpu has no FP8 products; use --fp8=auto"):
+        fp8.choose("force", cpu)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_each_generation_does(monkeypatch, capability, head, mlp):
     assert (choice.head, choice.mlp) == (head, mlp)
     if not head:
         with pytest.raises(UserError, match=r"GPU \(sm_80\) has no FP8"):
-            fp8.choose("on", torch.device("cuda:0"))
+            fp8.choose("force", torch.device("cuda:0"))
 
 
 @pytest.mark.gpu

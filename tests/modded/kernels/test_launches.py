@@ -135,21 +135,23 @@ def head(fp8: bool, everything: bool) -> None:
     kernels._eval_losses._init_fn(x, weight, targets, 23.0, 5.0, 7.5, allowed, targets.int(), 64)
 
 
-def mlp(fp8: bool) -> None:
-    """Forward and backward; with FP8 in both passes too."""
+def mlp(kind: str) -> None:
+    """Forward and backward; 8 bits in the forward pass, or in both."""
     from modded_nanogpt.kernels import mlp as kernels
 
     u, bank = on_gpu(1024, 768), on_gpu(1, 2, 3072, 768)
-    low, layer = None, [None] * 7
-    if fp8:
-        state = kernels.Fp8Mlp(bank, backward=True)
+    low, layer = None, [None] * 5
+    if kind != "bfloat16":
+        state = kernels.Fp8Mlp(bank, backward=kind == "both")
         state.refresh(exact=True)
         low, (*layer, _, by_column, by_row) = u.to(kernels.E4M3), state.layers[0]
-        layer += [by_column, by_row]
+    if kind == "both":
+        _, *kept, _ = kernels._mlp_low._init_fn(u, *bank[0], low, *layer, by_column, by_row)
+        _, up_scale, _, down_scale, post_scale = layer
+        kernels._low_gradients._init_fn(u, low, *kept, post_scale, by_column, up_scale, by_row, down_scale)
+        return
     _, post, _ = kernels._mlp._init_fn(u, *bank[0], low, *layer)
     kernels._pre_grad._init_fn(u, post, bank[0, 1])
-    if fp8:
-        kernels._input_grads._init_fn(u, post, layer[6], layer[3], layer[5], layer[1])
 
 
 def others(everything: bool) -> None:
@@ -186,9 +188,8 @@ def main(capability: int, everything: bool) -> None:
     if capability >= 89:
         head(True, everything)
     if capability >= 90:
-        if everything:
-            mlp(False)
-        mlp(True)
+        for kind in ("both", "forward", "bfloat16")[: 3 if everything else 1]:
+            mlp(kind)
     names = {program.metadata.name for program in compiled}
     assert len(names) == KERNELS[capability] - (0 if everything else COMPOSITION), names
     for program in compiled:

@@ -11,6 +11,7 @@ from modded_nanogpt.kernels.mlp import Fp8Mlp
 from modded_nanogpt.kernels.reference import mlp as reference
 
 SIZES = [(1, 16, 16), (33, 48, 80), (70, 96, 208)]  # (tokens, width, hidden): odd beside any tile
+BOTH_SIZES = [(16, 16, 16), (48, 48, 80), (80, 96, 208)]  # where the tokens are summed over too
 # What reads 8 bits: (up, down, backward), and how far from float64 out, du, d up and d down may be, in norm. Rounding
 # to e4m3 loses 2.6% in norm, twice that where it is squared; rounding to e5m2 5%.
 KINDS = {
@@ -18,8 +19,12 @@ KINDS = {
     "up": ((True, False, False), (0.07, 0.06, 0.06, 0.07)),
     "down": ((False, True, False), (0.06, 0.005, 0.005, 0.005)),
     "both": ((True, True, False), (0.08, 0.06, 0.06, 0.07)),
-    "backward": ((True, True, True), (0.08, 0.13, 0.11, 0.07)),
+    "backward": ((True, True, True), (0.08, 0.13, 0.14, 0.12)),
 }
+
+
+def sizes_of(kind: str) -> list[tuple[int, int, int]]:
+    return BOTH_SIZES if kind == "backward" else SIZES
 
 
 def inputs(size: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -115,7 +120,7 @@ def check_resume(device: str) -> None:
 
 def check_gradient_layout(device: str) -> None:
     """A gradient that arrives transposed in memory is as good as one that does not."""
-    u, bank, grad = inputs((33, 48, 80), device, torch.bfloat16)
+    u, bank, grad = inputs((48, 48, 80), device, torch.bfloat16)
     for kind in ("bfloat16", "backward"):
         which, found = KINDS[kind][0], []
         for given in (grad, grad.T.contiguous().T):
@@ -127,7 +132,7 @@ def check_gradient_layout(device: str) -> None:
 
 def check_op(device: str, kinds: Iterable[str], **how: object) -> None:
     """Torch's own checks of an op; a compiled graph without breaks, which changes the state as the plain call does."""
-    u, bank, grad = inputs((33, 48, 80), device, torch.bfloat16)
+    u, bank, grad = inputs((48, 48, 80), device, torch.bfloat16)
     for kind in kinds:
         which = KINDS[kind][0]
         results = []
@@ -144,7 +149,7 @@ def check_op(device: str, kinds: Iterable[str], **how: object) -> None:
             results.append((*outs, *largest))
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
-    arguments = (*(t.clone().requires_grad_() for t in (u, *bank[0])), *[None] * 8)
+    arguments = (*(t.clone().requires_grad_() for t in (u, *bank[0])), *[None] * 6)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.speedrun.mlp.default, arguments, test_utils=checks)
 
@@ -169,12 +174,11 @@ def test_the_cpu_takes_the_twin_and_compiles():
 @pytest.mark.parametrize("shared_kib", [99, 227])
 def test_the_tiles_fit(shared_kib, eight_bit):
     """What Triton was seen to reserve: the pieces under way, half tiles of what goes in and out, and a little more."""
-    for has_post in (False, True):
-        for has_low in (False, True)[: 2 if eight_bit or not has_post else 1]:  # only what there is
-            cut = kernels.tiles(shared_kib * 1024, eight_bit, has_post, has_low)
-            pieces = (cut.m + cut.n) * cut.k * (1 if eight_bit else 2) * cut.stages
-            ends = cut.m * cut.n // 2 * (2 + 2 * has_post + has_low)
-            assert cut.stages >= 2 and pieces + ends + 1024 <= shared_kib * 1024
+    for end_bytes in (2, 3, 4) if not eight_bit else (2, 3, 5):  # only what there is
+        cut = kernels.tiles(shared_kib * 1024, eight_bit, end_bytes)
+        pieces = (cut.m + cut.n) * cut.k * (1 if eight_bit else 2) * cut.stages
+        ends = cut.m * cut.n // 2 * end_bytes
+        assert cut.stages >= 2 and pieces + ends + 1024 <= shared_kib * 1024
 
 
 @pytest.mark.gpu
@@ -185,8 +189,8 @@ def test_the_kernels_on_a_gpu():
 
     if not fp8.choose("auto", torch.device("cuda")).mlp:
         pytest.skip("the MLP's kernels need Hopper or later")
-    for size in [*SIZES, (1000, 768, 3072), (16_384, 768, 3072)]:
-        for kind in KINDS:
+    for kind in KINDS:
+        for size in [*sizes_of(kind), (1008, 768, 3072), (16_384, 768, 2816)]:
             compare("cuda", torch.bfloat16, size, kind)
     check_resume("cuda")
     check_gradient_layout("cuda")
@@ -195,9 +199,11 @@ def test_the_kernels_on_a_gpu():
 
 
 def interpreted(everything: bool) -> None:
-    for size in SIZES if everything else SIZES[1:2]:
-        for kind in KINDS if everything else ("bfloat16", "backward"):
-            compare("cpu", torch.float32 if size == SIZES[0] else torch.bfloat16, size, kind)
+    for kind in KINDS if everything else ("bfloat16", "backward"):
+        for size in sizes_of(kind) if everything else sizes_of(kind)[1:2]:
+            compare("cpu", torch.float32 if size[0] < 20 else torch.bfloat16, size, kind)
+    with pytest.raises(ValueError, match="33 tokens: must be a multiple of 16 in 8 bits"):
+        compare("cpu", torch.bfloat16, SIZES[1], "backward")
     check_scales("cpu")
     check_resume("cpu")
     check_gradient_layout("cpu")

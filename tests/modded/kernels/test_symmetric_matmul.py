@@ -5,7 +5,13 @@ import torch
 
 from modded_nanogpt.kernels import symmetric_matmul as kernels
 from modded_nanogpt.kernels.reference import symmetric_matmul as reference
-from modded_nanogpt.optim.orthogonalize import MARGINS, NEWTON_SCHULZ, POLAR_EXPRESS, orthogonalize
+from modded_nanogpt.optim.orthogonalize import (
+    MARGINS,
+    NEWTON_SCHULZ,
+    POLAR_EXPRESS,
+    SIX_ROUNDS,
+    orthogonalize,
+)
 
 # Sizes that fit a tile, that are smaller than one, and that are neither.
 SIZES = [(2, 40, 24), (1, 65, 130), (3, 16, 16), (1, 200, 96), (1, 64, 128)]
@@ -65,6 +71,12 @@ def test_singular_values_go_to_one_and_directions_stay(shape, coefficients):
     torch.testing.assert_close(left @ torch.diag_embed(after) @ right, found, rtol=0, atol=1e-9)
     large = sizes > 0.01  # smaller ones need more rounds than five
     assert large.any() and (after[large] > 0.6).all() and (after[large] < 1.4).all()
+
+
+def test_six_rounds_end_within_half_a_percent():
+    sizes = torch.logspace(-2.5, 0, 60, dtype=torch.float64) / MARGINS[SIX_ROUNDS]  # from 0.003 on
+    found = orthogonalize(torch.diag(sizes)[None], SIX_ROUNDS).diagonal(dim1=1, dim2=2)
+    assert (found > 0.994).all() and (found < 1.001).all()
 
 
 def test_a_tall_matrix_gives_the_transpose_of_the_wide_one():

@@ -16,6 +16,14 @@ POLAR_EXPRESS = [
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 ]
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
+SIX_ROUNDS = [
+    (3.923798038567, -6.095026865488, 3.905234618423),
+    (3.278126713798, -3.328923386476, 0.989127286973),
+    (3.505298394150, -5.137358782410, 1.968325560615),
+    (2.815058591845, -3.685181239622, 1.417196497642),
+    (2.245503932403, -2.443826979899, 0.963091710461),
+    (2.256537145403, -2.166840097229, 0.929501253245),
+]
 MUON = ("qk_bank", "vo_bank", "mlp_bank")
 ADAM = {  # name: (b1, b2, lr_mul, wd_mul)
     "head": (0.5, 0.95, 1, 150),
@@ -39,10 +47,10 @@ ADAM = {  # name: (b1, b2, lr_mul, wd_mul)
 }
 
 
-def orthogonalized(u: Tensor, polar_express: bool) -> Tensor:
+def orthogonalized(u: Tensor, rounds: list, margin: float) -> Tensor:
     """One matrix (rows, columns)."""
-    x = u / (1.02 * u.norm() + 1e-6) if polar_express else u / (u.norm() + 1e-6)
-    for a, b, c in POLAR_EXPRESS if polar_express else NEWTON_SCHULZ:
+    x = u / (margin * u.norm() + 1e-6)
+    for a, b, c in rounds:
         if u.shape[0] <= u.shape[1]:
             gram = x @ x.T
             x = a * x + (b * gram + c * gram @ gram) @ x
@@ -99,10 +107,17 @@ class Literal:
 
     def _matrix(self, key, w: Tensor, g: Tensor, mult: float, plan) -> Tensor:
         config = self.config
-        state = self.state.setdefault(key, {"M": torch.zeros_like(w), "V": 0.0})
+        state = self.state.setdefault(key, {"M": torch.zeros_like(w), "S": torch.zeros_like(w), "V": 0.0})
         m = plan.momentum
-        state["M"] = m * state["M"] + (1 - m) * g
-        o = orthogonalized(m * state["M"] + (1 - m) * g, config.polar_express)
+        rounds, margin = (POLAR_EXPRESS, 1.02) if config.polar_express else (NEWTON_SCHULZ, 1.0)
+        if config.two_momenta:
+            (fast, share), rounds, margin = plan.two, SIX_ROUNDS, 1.05
+            state["M"] = fast * state["M"] + (1 - fast) * g
+            state["S"] = 0.98 * state["S"] + 0.02 * g
+            mixed = share * state["M"] + (1 - share) * state["S"]
+        else:
+            mixed = state["M"] = m * state["M"] + (1 - m) * g
+        o = orthogonalized(m * mixed + (1 - m) * g, rounds, margin)
         if config.normuon:
             axis = 1 if w.shape[0] >= w.shape[1] else 0
             rho = (o**2).mean(axis, keepdim=True)
@@ -111,7 +126,8 @@ class Literal:
             o = o * d * o.norm() / max(math.sqrt((w.shape[axis] * rho * d**2).sum()), 1e-10)
         lr = config.muon_lr * plan.lr
         eta = lr * mult
-        mask = (o * w >= 0).double() if config.cautious_decay else 1.0
+        direction = state["S"] if config.two_momenta else o
+        mask = (direction * w >= 0).double() if config.cautious_decay else 1.0
         return w - eta * (config.muon_wd * lr) * w * mask - eta * o
 
     def _adam(self, name: str, plan) -> None:

@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from modded_nanogpt.optim import table
+from modded_nanogpt.optim import averaging, table
 from modded_nanogpt.optim.sharded import Optimizer
 from nanogpt.common.ranks import Ranks
 from tests.modded.optim import small
 
 # Times which each lane's gradient is larger than the one before, in the runs whose sums are rounded.
 ROUGH = 1.1
+
+CONFIG = small.config_of(averaging=True, two_momenta=True, steps=small.STEPS, extension_steps=0)
 
 # name: (ranks, dtype, first step, end, the run to resume from)
 RUNS = {
@@ -32,6 +34,7 @@ RUNS = {
 RUNS |= {f"cut{world}": (world, torch.bfloat16, 0, 6, None) for world in (1, 2, 4)}
 RUNS |= {"early2": (2, torch.bfloat16, 0, 2, None), "between1": (1, torch.bfloat16, 0, 5, None)}
 RUNS |= {"between2": (2, torch.bfloat16, 0, 5, None)}
+RUNS |= {f"averaged{world}": (world, torch.float32, 0, small.STEPS, None) for world in (1, 2)}
 # Only touched rows of the bigram table travel; in `untold` they would, but nobody says which they are.
 RUNS |= {f"sparse{world}": (world, torch.bfloat16, 0, small.STEPS, None) for world in (2, 4)}
 RUNS |= {
@@ -59,7 +62,8 @@ def run(name: str, rank: int, folder: Path) -> None:
         )
     if name.startswith(("sparse", "untold")):
         table._TABLE["bigram"] = dataclasses.replace(table._TABLE["bigram"], sparse_from=2)
-    config, parameters = small.config_of(), small.parameters(dtype)
+    averaging.RECORD_STEPS = 300  # so that averages begin in the first half of these steps
+    config, parameters = CONFIG, small.parameters(dtype)
     optimizer = Optimizer(parameters, config, Ranks(rank, rank, world, device), device)
     if source:
         saved = load_file(folder / f"{source}.safetensors")
@@ -75,6 +79,8 @@ def run(name: str, rank: int, folder: Path) -> None:
             rows = small.lane_gradient("bigram", step, lane).any(1).nonzero().flatten()
             optimizer.touch("bigram", torch.cat([rows, rows[:2]]).int())
         optimizer.step(small.plan_of(config, step))
+    if name.startswith("averaged"):
+        optimizer.average()
     weights = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     state = {f"state:{key}": value.clone().contiguous() for key, value in optimizer.tensors().items()}
     save_file(weights, folder / f"{name}.rank{rank}.safetensors")

@@ -99,6 +99,7 @@ def plan_of(config: Config, step: int, steps: int = STEPS, untie: int = UNTIE) -
         step=step,
         lr=1.5 - step / steps,
         momentum=0.85 + 0.01 * step,
+        two=schedule.two_momenta(config, step),
         adam=schedule.is_adam_step(config, step),
         tied=config.embedding == "tied" or (becomes_free and step <= untie),
         untie=becomes_free and step == untie,

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modded_nanogpt.optim import averaging
 from modded_nanogpt.optim.sharded import Optimizer
 from nanogpt.common.errors import UserError
 from nanogpt.common.ranks import Ranks
 from tests.modded.optim import small
-from tests.modded.optim.rank_runs import RUNS
+from tests.modded.optim.rank_runs import CONFIG, RUNS
 
 CPU = torch.device("cpu")
 
@@ -67,6 +68,14 @@ def test_rounded_sums_change_little(runs, world):
     assert different
 
 
+def test_averages_are_the_same_on_any_number_of_ranks(runs):
+    """Up to the order of the sums that the norms are made of."""
+    one, two, last = (load_file(runs / f"{name}.safetensors") for name in ("averaged1", "averaged2", "full1"))
+    for name in small.SHAPES:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(one[name], last[name]) == (name not in averaging.AVERAGES), name
+
+
 @pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run[0] > 1])
 def test_all_ranks_have_the_same_weights(runs, name):
     first = load_file(runs / f"{name}.rank0.safetensors")
@@ -86,7 +95,7 @@ def test_state_that_does_not_fit_is_refused(runs):
     state = {key.removeprefix("state:"): value for key, value in saved.items() if key.startswith("state:")}
 
     def load(changes: dict) -> None:
-        optimizer = Optimizer(small.parameters(torch.bfloat16), small.config_of(), Ranks(0, 0, 1, CPU), CPU)
+        optimizer = Optimizer(small.parameters(torch.bfloat16), CONFIG, Ranks(0, 0, 1, CPU), CPU)
         optimizer.load({k: v for k, v in {**state, **changes}.items() if v is not None}, "step_6")
 
     load({})

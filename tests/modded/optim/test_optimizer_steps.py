@@ -29,6 +29,7 @@ SWITCHES = [
     {"adam_every": 3},
     {"embedding": "tied"},
     {"embedding": "untied"},
+    {"two_momenta": True, "steps": 7, "extension_steps": 0},  # from step 4 on they differ
     {"muon_lr": 0.1, "adam_lr": 0.02, "muon_wd": 3.0, "adam_wd": 0.5, "normuon_beta2": 0.5},
 ]
 
@@ -72,7 +73,7 @@ def test_every_step_is_the_literal_one(changes):
 def test_the_switches_make_a_difference():
     """Else the test above would not notice one that is ignored on both sides."""
     finals = []
-    for changes in SWITCHES[:5] + SWITCHES[6:10]:
+    for changes in SWITCHES[:5] + SWITCHES[6:11]:
         config, parameters = small.config_of(**changes), small.parameters()
         optimizer = optimizer_of(parameters, config)
         for step in range(small.STEPS):
@@ -158,7 +159,9 @@ def test_the_sign_of_muons_caution_is_not():
     """A matrix without an update decays all the same, as record 43 has it."""
     for cautious, expected in ((True, [1.8, 1.6, 2.2, -1.6]), (False, [1.8, 1.6, 2.0, -1.6])):
         weights, update = torch.tensor([[[2.0, 2.0, 2.0, -2.0]]]), torch.tensor([[[0.0, 2.0, -2.0, -2.0]]])
-        apply_(update, weights, torch.ones(1, 1, 1), None, None, scalar(0.1), scalar(1.0), 0.9, cautious)
+        apply_(
+            update, weights, torch.ones(1, 1, 1), None, None, None, scalar(0.1), scalar(1.0), 0.9, cautious
+        )
         torch.testing.assert_close(weights, torch.tensor([[expected]]))
 
 
@@ -306,7 +309,7 @@ def test_the_compiled_pieces_are_the_plain_ones():
         weights, low = torch.ones(shape).bfloat16(), torch.full(shape, 77, dtype=torch.int16)
         update = compiled(nesterov_, on)(gradient, buffer, scalar(0.9), 1.02, 0.5)
         compiled(apply_, on)(
-            update, weights, torch.ones(3, 1, 1), second, low, scalar(0.02), scalar(0.03), 0.9, True
+            update, weights, torch.ones(3, 1, 1), second, low, None, scalar(0.02), scalar(0.03), 0.9, True
         )
         results.append((update.float(), buffer, second, joined(weights, low)))
     for plain, fast in zip(*results, strict=True):

@@ -9,6 +9,7 @@ prediction (53), prefix prediction (88), the learning-rate floor and short first
 stages, the taper and the small batches at the end (92).
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -223,6 +224,7 @@ def total_steps(config: "Config") -> int:
     return scheduled_steps(config) + (STAGES[config.recipe].extension_steps if extension < 0 else extension)
 
 
+@functools.lru_cache(maxsize=16)  # every step asks several times
 def stages(config: "Config") -> tuple[Stage, ...]:
     """The stages with their steps, the extension last; those without a step are left out."""
     recipe, steps = STAGES[config.recipe], scheduled_steps(config)

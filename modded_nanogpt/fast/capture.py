@@ -106,7 +106,7 @@ class Recorder:
         for place, (ours, expected) in enumerate(zip(replayed, plain, strict=True)):
             if expected is None:
                 continue
-            error, size = (ours.double() - expected.double()).norm(), expected.double().norm()
+            error, size = (ours.float() - expected.float()).norm(), expected.float().norm()
             if not error <= TOLERANCE * size + 1e-12:
                 raise RuntimeError(
                     f"capture: {key}: result {place} of a replay differs from a plain call's by {float(error):.3g}, "

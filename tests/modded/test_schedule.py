@@ -117,9 +117,9 @@ def test_adam_and_the_embedding():
     assert untying_step(RECORD) == 847
     assert [step for step in range(1285) if at(RECORD, step).untie] == [847]
     assert at(RECORD, 847).tied and not at(RECORD, 848).tied
-    assert all(at(preset("record89", "--adam_every=1"), step).adam for step in range(5))
-    assert not any(at(preset("record89", "--embedding=tied"), step).untie for step in range(1285))
-    assert at(preset("record89", "--embedding=tied"), 1284).tied
+    tied, every_step = preset("record89", "--embedding=tied"), preset("record89", "--adam_every=1")
+    assert not any(at(tied, step).untie for step in range(1285)) and at(tied, 1284).tied
+    assert all(at(every_step, step).adam for step in range(5))
     untied = preset("record89", "--embedding=untied")
     assert not at(untied, 0).tied and untying_step(untied) is None
     for every in (1, 2, 3, 4):

@@ -39,13 +39,12 @@ def assert_equal(folder: Path, one: str, other: str) -> None:
     assert not [name for name, value in first.items() if not torch.equal(value, second[name])]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("kind", ["half", "full"])
+@pytest.mark.parametrize(("kind", "world"), [("half", 2), ("half", 4), ("full", 2)])
 def test_the_number_of_ranks_changes_no_bit_when_the_sums_are_exact(runs, kind, world):
     assert_equal(runs, f"{kind}1", f"{kind}{world}")
 
 
-@pytest.mark.parametrize("name", ["sparse2", "sparse4", "untold2"])
+@pytest.mark.parametrize("name", ["sparse2", "untold2"])
 def test_sending_touched_rows_alone_changes_no_bit(runs, name):
     assert_equal(runs, "half1", name)
 
@@ -56,9 +55,8 @@ def test_these_runs_train(runs):
         assert not torch.equal(last[name], start.detach()), name
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_rounded_sums_change_little(runs, world):
-    one, other = load_file(runs / "rough1.safetensors"), load_file(runs / f"rough{world}.safetensors")
+def test_rounded_sums_change_little(runs):
+    one, other = (load_file(runs / f"rough{world}.safetensors") for world in (1, 2))
     start = small.parameters(torch.float32)
     different = 0
     for name in small.SHAPES:

@@ -19,10 +19,11 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 quickstart: ## environment, data, training, a sample, a plot: the main job, end to end
-	@bash setup_env.sh --brief && $(PYTHON) -m tools.quickstart $(ARGS)
+	@bash setup_env.sh --brief && bash slurm/lib/here_or_srun.sh $(PYTHON) -m tools.quickstart $(ARGS)
 
 test: ## environment for developers, everything the tests need, all tests
-	@bash setup_env.sh --dev --brief && $(MAKE) --no-print-directory lint && \
+	@bash slurm/lib/here_or_srun.sh --say "make test" && \
+		bash setup_env.sh --dev --brief && $(MAKE) --no-print-directory lint && \
 		$(PYTHON) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(RERUNS) $(ARGS)
 
 environment: ## the Python environment alone (ARGS=--help says what it takes)

@@ -97,6 +97,12 @@ if [ "$_engaging_sourced" = no ]; then
     echo "error: activate_env.sh: run like this it changes nothing; type: source activate_env.sh" >&2
     exit 2
 fi
-_engaging_bin=$(CDPATH='' cd -- "$(dirname -- "$_engaging_file")" && pwd -P)/tools/bin
-unset _engaging_sourced _engaging_file
+_engaging_root=$(CDPATH='' cd -- "$(dirname -- "$_engaging_file")" && pwd -P)
+_engaging_bin=$_engaging_root/tools/bin
+# The function sbatch, for bash and zsh: the guides' lines work as they are printed.
+# shellcheck source=slurm/lib/sbatch.sh
+if [ -n "${BASH_VERSION:-}${ZSH_VERSION:-}" ] && [ -r "$_engaging_root/slurm/lib/sbatch.sh" ]; then
+    . "$_engaging_root/slurm/lib/sbatch.sh"
+fi
+unset _engaging_sourced _engaging_file _engaging_root
 _engaging_activate

@@ -101,12 +101,26 @@ def record_graphs(
         if config.capture == "true":
             raise UserError(f"--capture=true: needs a GPU, the device is {ranks.device}; use --capture=auto")
         return
+    if state.backend.name == "reference":  # it reads the documents' ends on the CPU
+        if config.capture == "true":
+            raise UserError("--capture=true: --attention=reference cannot be recorded; use --attention=auto")
+        say("warm-up: no CUDA graphs of lanes: --attention=reference cannot be recorded")
+        return
     began, recorder = time.perf_counter(), Recorder(ranks.device, partial(lasting_tensors, state))
     for step in lane_kinds(config):
         record_lane(state, recorder, ranks, batches.get(step.step, 0), step)
     recorder.seal()
     state.recorder = recorder  # from here on lanes are replayed
     say(f"warm-up: {len(recorder.recordings)} CUDA graphs of lanes after {time.perf_counter() - began:.1f} s")
+
+
+@torch.no_grad()
+def _randomize(state: State) -> None:
+    """Weights of the warm-up: finite, and none of them zero, so that no gradient is."""
+    for parameter in state.model.parameters():
+        parameter.normal_(0.0, 0.02)
+    if state.fp8_mlp:  # the scales' memory may hold anything: no lane is to compute with NaN
+        state.model.fp8.refresh(exact=True)
 
 
 def restore_caches(config: Config, run: RunDir, ranks: Ranks) -> CompileCache | None:
@@ -172,13 +186,9 @@ def warm_up(
     The rules leave this untimed as long as the run then starts from a state that knows nothing of it. `ahead`: who
     compiles graphs beside this process.
     """
-    model, beginning = state.model, batches.state()
+    beginning = batches.state()
     *lane_graphs, eval_graph = graphs(config, batches, val_batches)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.02)
-    if state.fp8_mlp:  # their memory may hold anything: no lane is to compute with NaN
-        model.fp8.refresh(exact=True)
+    _randomize(state)
     began = time.perf_counter()
     for graph in lane_graphs:
         if ahead:
@@ -198,6 +208,7 @@ def warm_up(
             sizes.add((step.batch_tokens, step.classes))
             train_lane(state, ranks, batches.get(step.step, 0), step)
     state.optimizer.reset()
+    _randomize(state)  # a dozen steps at any rate have left weights with which a backward pass may overflow
     record_graphs(config, state, ranks, batches, say)
     if ahead:
         ahead.wait(eval_graph)

@@ -40,6 +40,7 @@ def make(tmp_path: Path):
         command.chmod(0o755)
     subprocess.run(["git", "init", "-q", clone], check=True)
     subprocess.run(["git", "-C", clone, "add", "."], check=True)
+    shutil.copytree(ROOT / "slurm", clone / "slurm")  # a login node is told from another machine by it
 
     def run(*words: str, env: dict[str, str] | None = None) -> tuple[subprocess.CompletedProcess, list]:
         calls.write_text("")

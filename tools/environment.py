@@ -16,7 +16,6 @@ import argparse
 import csv
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -63,10 +62,11 @@ def torch_lacks(extras: list[str]) -> dict[str, str]:
     """
     if "dev" not in extras or sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         return {}
-    try:
-        required = importlib.metadata.requires("torch") or []
-    except importlib.metadata.PackageNotFoundError:
+    found = next(site_packages().glob("torch-*.dist-info/METADATA"), None)
+    if found is None:
         return {}
+    lines = found.read_text(encoding="utf-8").splitlines()
+    required = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     if any(re.match(r"(pytorch-)?triton\b", line, re.IGNORECASE) for line in required):
         return {}
     return dict(line.split("==", 1) for line in _pyproject()["dependency-groups"]["interpreter"])
@@ -125,7 +125,8 @@ def missing(extras: list[str], torch_index: str, prefix: Path) -> str:
         return f"the extras {', '.join(sorted(absent))} are not installed"
     if torch_index != ANY_INDEX and stamp.get("torch_index") != torch_index:
         return f"torch came from {stamp.get('torch_index') or 'the default index'}, not from {torch_index}"
-    if installed(OURSELVES):
+    present = installed()
+    if OURSELVES in present:
         return "an earlier version installed its clone in it; now it holds dependencies only"
     for key, words in (
         ("lists", "the dependency lists of pyproject.toml are not those that it was made from"),
@@ -134,40 +135,51 @@ def missing(extras: list[str], torch_index: str, prefix: Path) -> str:
         if stamp.get(key) != expected[key]:
             return words
     for name, version in {**pins(extras), **torch_lacks(extras)}.items():
-        have = installed(name)
-        if have != version:
-            return f"{name} is {have or 'absent'}, pinned: {version}"
+        have = present.get(plain(name), "absent")
+        if have.split("+")[0] != version:
+            return f"{name} is {have}, pinned: {version}"
     return ""
 
 
-def installed(name: str) -> str:
-    """The installed version of a distribution without its local part (2.13.0+cu126: 2.13.0), or ''."""
-    try:
-        return (importlib.metadata.version(name) or "").split("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+def site_packages() -> Path:
+    """Where pip installs in this environment."""
+    return Path(sysconfig.get_paths()["purelib"])
 
 
-def torch_build(site_packages: Path) -> str:
+def plain(name: str) -> str:
+    """A distribution's name as all its spellings have it in common."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def installed() -> dict[str, str]:
+    """Plain name -> version (2.13.0+cu126) of all that is installed.
+
+    By the names of their folders: importing importlib.metadata takes longer than all else that a check does.
+    """
+    folders = (path.stem.rpartition("-") for path in site_packages().glob("*.dist-info"))
+    return {plain(name): version for name, _, version in folders}
+
+
+def torch_build() -> str:
     """What the installed torch is built for: "cpu", a CUDA version such as "13.0", or "" without torch."""
     try:
-        text = (site_packages / "torch" / "version.py").read_text(encoding="utf-8")
+        text = (site_packages() / "torch" / "version.py").read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
     found = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
     return found[1] if found else "cpu"
 
 
-def repair(site_packages: Path) -> list[str]:
+def repair(folder: Path) -> list[str]:
     """Remove the records of distributions that are not whole, so that pip installs them again; their names.
 
     pip writes a wheel's files first and its RECORD last: no RECORD, or a file of it that is absent or of
     another size, means that pip was killed in between. Left as they are, pip would call them installed.
     """
     dropped = []
-    for leftover in site_packages.glob("~*"):  # pip renames what it is about to replace
+    for leftover in folder.glob("~*"):  # pip renames what it is about to replace
         shutil.rmtree(leftover, ignore_errors=True)
-    for info in sorted(site_packages.glob("*.dist-info")):
+    for info in sorted(folder.glob("*.dist-info")):
         if not _whole(info):
             shutil.rmtree(info)
             dropped.append(info.name.removesuffix(".dist-info"))
@@ -207,13 +219,13 @@ def write_stamp(extras: list[str], torch_index: str, prefix: Path) -> None:
 
 def report(extras: list[str]) -> None:
     """Import every pinned distribution and print its version, then the GPUs and the next command."""
-    versions = []
+    versions, present = [], installed()
     for name in sorted({**pins(extras), **torch_lacks(extras)}):
         try:
             _use(name)
         except Exception as error:  # whatever a broken installation raises
             raise UserError(f"{name}: it is installed but does not work: {error}; {REBUILD}") from None
-        versions.append(f"{name} {importlib.metadata.version(name)}")
+        versions.append(f"{name} {present[plain(name)]}")
     print(f"Python {sys.version.split()[0]} in {sys.prefix}")
     for start in range(0, len(versions), 5):
         print("  " + ", ".join(versions[start : start + 5]))
@@ -300,7 +312,7 @@ def main(argv: list[str]) -> int:
             print(why)
         return 1 if why else 0
     if args.action == "repair":
-        for name in repair(Path(sysconfig.get_paths()["purelib"])):
+        for name in repair(site_packages()):
             print(f"half written, to be installed again: {name}")
     elif args.action == "lists":
         write_lists(extras, args.folder)
@@ -311,7 +323,7 @@ def main(argv: list[str]) -> int:
         if note:
             print(f"setup_env: note: {note}")
     elif args.action == "build":
-        print(torch_build(Path(sysconfig.get_paths()["purelib"])))
+        print(torch_build())
     elif args.action == "lacking":
         for name, version in torch_lacks(extras).items():
             print(f"{name}=={version}")

@@ -2,14 +2,18 @@
 
     python modded_nanogpt/data/cached_fineweb10B.py          # 1 validation shard and 9 for training: 2 GB
     python modded_nanogpt/data/cached_fineweb10B.py 3        # 3 for training
+    python modded_nanogpt/data/cached_fineweb10B.py 103      # all
     python modded_nanogpt/data/cached_fineweb10B.py 20 --set=fineweb100B      # or finewebedu10B
 
 They come from kjj0's data sets on the Hugging Face hub (fineweb10B-gpt2 and the like) and go to $DATA_ROOT/<set>. Each
 file is checked against the SHA-256 that the hub states, and again by every later call and by the trainer; interrupted,
-the next call goes on; several may run at once. HF_ENDPOINT names a mirror; with HF_HUB_OFFLINE=1 what is on the disk
-is checked and nothing is fetched.
+the next call goes on; several may run at once. A complete set in somebody else's folder is used as it is: nothing is
+written there, and what was checked is remembered in ~/.cache/engaging-nanogpt. HF_ENDPOINT names a mirror; with
+HF_HUB_OFFLINE=1 what is on the disk is checked and nothing is fetched.
 """
 
+import contextlib
+import json
 import os
 import sys
 import threading
@@ -85,15 +89,43 @@ def main(argv: list[str]) -> None:
                 f"{folder}: {', '.join(missing[:3])}: not there or not whole ({len(missing)} of {len(names)} files), "
                 "and HF_HUB_OFFLINE forbids to fetch; unset it, or run this where there is a network"
             )
-        print(f"{config.set}: {len(names)} files are there, in {folder}")
+        print(f"{config.set}: {len(names)} files are there, in {folder}{how_to_get_all(config)}")
         return
     facts = ask_hub(published.repository, names, config.parallel)
-    needed = sum(fact.size for name, fact in facts.items() if not (folder / name).exists())
-    check_room(folder, needed)
-    fetch_all(folder, facts, config.parallel)
-    publish(folder, published.repository, facts)
+    if os.access(folder, os.W_OK):
+        needed = sum(fact.size for name, fact in facts.items() if not (folder / name).exists())
+        check_room(folder, needed)
+        fetch_all(folder, facts, config.parallel)
+        publish(folder, published.repository, facts)
+    else:
+        use_as_it_is(folder, facts)
     tokens = sum((fact.size - 1024) // 2 for fact in facts.values())
-    print(f"{config.set}: {len(names)} files, {tokens:,} tokens, verified, in {folder}")
+    print(
+        f"{config.set}: {len(names)} files, {tokens:,} tokens, verified, in {folder}{how_to_get_all(config)}"
+    )
+
+
+def how_to_get_all(config: Config) -> str:
+    """The end of the last line: the command for the whole set, where this was not it."""
+    everything = SETS[config.set].chunks
+    if config.chunks >= everything:
+        return ""
+    named = "" if config.set == "fineweb10B" else f" --set={config.set}"
+    return f"; all {everything} shards: python {PROG} {everything}{named}"
+
+
+def use_as_it_is(folder: Path, facts: dict[str, "Fact"]) -> None:
+    """Somebody else's folder without a manifest for these files: they must be there. UserError names what is not."""
+    wrong = [
+        name
+        for name, fact in facts.items()
+        if not is_whole(folder, name, {name: {"bytes": fact.size, "sha256": fact.sha256}})
+    ]
+    if wrong:
+        raise UserError(
+            f"{folder}: {', '.join(wrong[:3])}: not there or not whole ({len(wrong)} of {len(facts)} files), and "
+            "you may not write there; ask its owner to run this, or set DATA_ROOT to a folder of yours"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,13 +157,43 @@ def known_entries(folder: Path) -> dict[str, dict]:
 
 def is_whole(folder: Path, name: str, known: dict[str, dict]) -> bool:
     """Whether the file is there with the content that the manifest states."""
-    import hashlib
-
     path, entry = folder / name, known.get(name)
     if entry is None or not path.is_file() or path.stat().st_size != entry["bytes"]:
         return False
+    return content_digest(path) == entry["sha256"]
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file. Where this user may not write, it is remembered until the file changes."""
+    import hashlib
+
+    from nanogpt.common.storage import StorageError, atomic_write_json, make_folder
+
+    state, key = path.stat(), str(path.resolve())
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        / "engaging-nanogpt"
+        / "verified.json"
+    )
+    foreign = not os.access(path.parent, os.W_OK)
+    stamp = [state.st_size, state.st_mtime_ns, state.st_ino]
+    remembered: dict[str, list] = {}
+    if foreign:
+        try:
+            remembered = dict(json.loads(cache.read_text()))
+        except (OSError, ValueError, TypeError):
+            remembered = {}  # none yet, or one that is of no use: it is made anew
+        if remembered.get(key, [])[:3] == stamp:
+            return str(remembered[key][3])
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if foreign:
+        try:
+            make_folder(cache.parent)
+            atomic_write_json(cache, {**remembered, key: [*stamp, digest]})
+        except StorageError as error:
+            print(f"warning: {error}; it is checked again next time", file=sys.stderr)
+    return digest
 
 
 def ask_hub(repository: str, names: list[str], parallel: int) -> dict[str, Fact]:
@@ -186,6 +248,9 @@ def publish(folder: Path, repository: str, facts: dict[str, Fact]) -> None:
     commit = next(iter(facts.values())).commit
     source = {"repository": repository, "commit": commit}
     write_manifest(folder, folder.name, "gpt2", VOCABULARY, END_OF_TEXT, ordered, source=source)
+    for path, bits in ((folder, 0o050), (folder / "manifest.json", 0o040)):
+        with contextlib.suppress(PermissionError):  # another member of the group has made it
+            path.chmod(path.stat().st_mode | bits)  # the group may use it, whatever the umask
 
 
 def _fact(repository: str, name: str, commit: str | None) -> Fact:

@@ -82,6 +82,7 @@ def fetch(
         _adopt_abandoned(destination, part)
         _download(source, part, sha256, size, progress, attempts, timeout, backoff)
     with storage_errors(destination):
+        part.chmod(part.stat().st_mode | 0o040)  # a group shares its data, whatever the umask
         part.replace(destination)
         fsync_folder(destination.parent)
     return destination

@@ -15,6 +15,8 @@ readonly EXIT_INTERRUPTED=75
 
 say() { printf '%s\n' "$*"; }
 
+note() { printf 'note: %s\n' "$*" >&2; }
+
 warn() { printf 'warning: %s\n' "$*" >&2; }
 
 die() { # one line and exit status 2; inside $(...) it ends only the subshell, so assign first
@@ -215,6 +217,7 @@ begin_job() { # what every script does first when it runs: the right folder, set
     export DATA_ROOT
     DATA_ROOT=$(data_root)
     announce_job
+    note_edits
     activate_environment
 }
 

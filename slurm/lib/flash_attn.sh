@@ -119,6 +119,28 @@ build_wheel() { # CACHE KEY KIND ARCHITECTURE: sets wheel; goes on where an earl
     wheel=$(compgen -G "$cache/$key/*.whl" | head -n 1)
 }
 
+submit_build_unless_in_job() { # SCRIPT [WORDS...]: the build on a CPU partition, behind it installation and check on a GPU
+    # shellcheck disable=SC2034  # split_words uses script
+    local script words typed place planned partition build cpus memory
+    if in_job || [ "${LOCAL:-0}" = 1 ]; then return 0; fi
+    begin_submission "$@"
+    export GPU_TYPE=${GPU_TYPE:-h200}
+    [ -n "$(architecture_of "$GPU_TYPE")" ] || die "GPU_TYPE=$GPU_TYPE: the type is not known; such as a100, l40s, h100, h200"
+    TIME=${TIME:-30} # to install and check; the build has its own
+    plan_job "$place"
+    planned=("${options[@]}")
+    partition=$(PARTITION="" candidates cpu mit_normal | head -n 1)
+    # shellcheck disable=SC2154  # ask_cluster sets live
+    read -r cpus memory < <(awk -F'|' -v p="$partition" '$1 == p { print $4, int($5 / 1024); exit }' <<<"$live")
+    options=("--partition=$partition" --gres=none "--cpus-per-task=$((cpus < 32 ? cpus : 32))")
+    options+=("--mem=$((memory < 200 ? memory : 200))G" "--time=$(clock_of 300)" ${typed[@]+"${typed[@]}"})
+    submit "$place" ${words[@]+"${words[@]}"}
+    build=${job:-JOB_OF_THE_LINE_ABOVE}
+    options=("${planned[@]}" ${typed[@]+"${typed[@]}"} "--dependency=afterok:$build" --kill-on-invalid-dep=yes)
+    submit "$place" ${words[@]+"${words[@]}"}
+    exit 0
+}
+
 install_prebuilt() {
     local list
     list=$(mktemp)
@@ -153,6 +175,10 @@ print(torch.__version__.split("+")[0], torch.version.cuda or "none", "cp%d%d" % 
         key=$kind-$FA_VERSION-torch$torch-cu$cuda-$python-sm$architecture
         if [ -z "$(compgen -G "$cache/$key/*.whl" || :)" ]; then find_nvcc "$cuda"; fi
         build_wheel "$cache" "$key" "$kind" "$architecture"
+        if in_job && [ "$(gpus_on_node)" = 0 ]; then
+            say "built: $wheel; the job behind this one installs it and checks it on a GPU"
+            return
+        fi
         python -m pip install --no-deps --force-reinstall "$wheel" || die "$wheel: pip could not install it (above)"
     fi
     python "$ROOT/slurm/lib/check_flash_attn.py" "$kind"

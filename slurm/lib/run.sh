@@ -47,6 +47,8 @@ parse_words() { # sets trainer and words
     if [[ $trainer != */* && $trainer != *.py ]]; then trainer=${trainer//.//}.py; fi
     if [[ $trainer != /* ]]; then trainer=$ROOT/$trainer; fi
     [ -f "$trainer" ] || die "${trainer#"$ROOT"/}: there is no such trainer"
+    # As it was when the job was submitted (code.sh). What already stands in the run's folder goes before either.
+    if [ -n "${RUN_CODE:-}" ] && [ -f "$RUN_CODE/${trainer#"$ROOT"/}" ]; then trainer=$RUN_CODE/${trainer#"$ROOT"/}; fi
 }
 
 flag_value() { flag_of "$1" ${words[@]+"${words[@]}"}; } # NAME: of the trainer's words

@@ -25,5 +25,6 @@ fi
 . "$root/slurm/lib/submit.sh"
 
 submit_unless_in_job "${BASH_SOURCE[0]}" "$@"
+if [ "${1:-}" = -- ]; then shift; fi
 begin_job
 exec python modded_nanogpt/data/cached_fineweb10B.py "${FINEWEB_CHUNKS:-9}" "$@"

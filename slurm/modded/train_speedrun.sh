@@ -33,28 +33,9 @@ if [ "${trainer%.py}" != "$trainer" ]; then file=$trainer; fi
 case $file in /*) ;; *) file=$ROOT/$file ;; esac
 [ -f "$file" ] || die "$trainer: this checkout has no such trainer yet; update it: git pull"
 
-set_name=$(flag_of dataset "$@")
-set_name=${set_name:-fineweb10B}
-place=$(flag_of data_root "$@")
-place=${place:-$(data_root)}
-
-has_tokens() { # a set of $place, or a folder of its own
-    local folder
-    for folder in "$place/$set_name" "$set_name"; do
-        if [ -e "$folder/manifest.json" ] || compgen -G "$folder/*_train_*.bin" >/dev/null; then return 0; fi
-    done
-    return 1
-}
-
-if ! has_tokens; then
-    [ "$set_name" = fineweb10B ] || die "--dataset=$set_name: no tokens in $place/$set_name; prepare them first"
-    if in_job || [ "${LOCAL:-0}" = 1 ] || [ "$place" != "$(data_root)" ]; then # GPUs must not wait for a download
-        die "DATA_ROOT=$place: no fineweb10B there; prepare it first: sbatch slurm/modded/prepare_fineweb.sh"
-    fi
-    # shellcheck disable=SC2034  # for submit_unless_in_job
-    first=slurm/modded/prepare_fineweb.sh
-fi
+need_data fineweb10B slurm/modded/prepare_fineweb.sh "$@"
 submit_unless_in_job "${BASH_SOURCE[0]}" "$@"
+if [ "${1:-}" = -- ]; then shift; fi
 begin_job
 out=$(run_of "speedrun-${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-local}}")
 exec bash slurm/lib/run.sh "$trainer" --out_dir="$out" --auto_resume=true "$@"

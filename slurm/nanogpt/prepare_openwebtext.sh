@@ -24,5 +24,6 @@ fi
 . "$root/slurm/lib/submit.sh"
 
 submit_unless_in_job "${BASH_SOURCE[0]}" "$@"
+if [ "${1:-}" = -- ]; then shift; fi
 begin_job
 exec python nanogpt/data/openwebtext/prepare.py "$@"

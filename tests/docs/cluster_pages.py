@@ -27,6 +27,7 @@ RUN = {  # pattern: what is demanded; see test_guide.py
     r"FINEWEB_CHUNKS=3 sbatch .*": "prepares",
     r"sbatch slurm/modded/train_speedrun\.sh": "waits for ever",
     r"sbatch .*train_\w+\.sh.*": "trains",
+    r"GPU_TYPE=\w+ NUM_GPUS=\d+ sbatch .*": "needs the function",
     r"GPU_TYPE=.* bash slurm/modded/train_speedrun\.sh": "trains",
     r"srun --ntasks-per-node=1 bash .*": "trains in an allocation",
     r"DRY_RUN=1 NODES=2 NUM_GPUS=4 .*": "is refused",

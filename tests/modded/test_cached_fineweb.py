@@ -142,6 +142,40 @@ def test_downloads_what_is_asked_for_and_the_token_set_opens(hub, tmp_path):
     verify(open_token_set("fineweb10B", tmp_path))
 
 
+def test_a_complete_folder_of_somebody_else_is_used_without_a_write(hub, tmp_path):
+    """Read-only by a mount, which stops root too; with its manifest, without one, with a shard missing."""
+    lab, folder = tmp_path / "lab", tmp_path / "lab" / "fineweb10B"
+    done = subprocess.run(
+        ["bash", "-c", f'umask 077; exec "{sys.executable}" "{SCRIPT}" 1'],
+        env=environment(hub, lab), capture_output=True, text=True,
+    )  # fmt: skip
+    assert (
+        done.returncode == 0
+        and "all 103 shards: python modded_nanogpt/data/cached_fineweb10B.py 103" in done.stdout
+    )
+    assert all(path.stat().st_mode & 0o040 for path in (folder, *folder.iterdir()))
+    read_only = f'mount --bind "{lab}" "{lab}" && mount -o remount,ro,bind "{lab}" && exec "$@"'
+
+    def use(*args: str) -> subprocess.CompletedProcess:
+        command = ["unshare", "-m", "bash", "-c", read_only, "use", sys.executable, str(SCRIPT), *args]
+        env = environment(hub, lab, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    if subprocess.run(["unshare", "-m", "bash", "-c", read_only, "use", "true"]).returncode:
+        pytest.skip("no mount namespaces here")
+    assert use("1").returncode == 0
+    (folder / "manifest.json").unlink()
+    done = use("1")
+    assert done.returncode == 0 and "verified" in done.stdout, done.stderr
+    assert len(json.loads((tmp_path / "cache/engaging-nanogpt/verified.json").read_text())) == 2
+    done = use("2")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        "fineweb_train_000002.bin: not there" in done.stderr
+        and "set DATA_ROOT to a folder of yours" in done.stderr
+    )
+
+
 def test_more_shards_later_fetch_only_the_new_ones(hub, tmp_path):
     assert download(hub, tmp_path, "1").returncode == 0
     hub.sent.clear()

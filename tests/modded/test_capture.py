@@ -90,7 +90,7 @@ def test_replayed_lanes_train_as_called_ones():
 def test_graphs_train_as_calls_on_a_gpu(compiled):
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA driver on this machine")
-    compare("cuda", Recorder, 2e-3, f"--compile={compiled}", "--attention=reference")
+    compare("cuda", Recorder, 2e-3, f"--compile={compiled}", "--attention=auto")
 
 
 def test_what_is_no_longer_true_of_a_recording_is_refused():

@@ -11,6 +11,7 @@ import pytest
 from tests.modded.test_train_gpt import ROOT, VOCAB, environment, losses, records, wait_for
 from tests.modded.test_train_gpt import data as data  # a fixture
 
+pytestmark = pytest.mark.campaign  # minutes of compiling; tests/docs runs its --smoke in every run
 STEPS = 13
 FLAGS = (
     "--recipe=tiny_medium", "--dataset=tiny", f"--vocab_size={VOCAB}", f"--steps={STEPS - 1}", "--extension_steps=1",

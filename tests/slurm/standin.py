@@ -18,6 +18,8 @@ FLAGS = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith(
 def main() -> int:
     folder = Path(FLAGS["out_dir"])
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    print(f"rank {rank} of {world}, {os.environ.get('OMP_NUM_THREADS')} threads", flush=True)
     asked = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: asked.append(number))

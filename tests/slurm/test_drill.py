@@ -34,10 +34,12 @@ def drill(cluster, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, Path, P
     process.wait(30)
 
 
+@pytest.mark.campaign
 def test_a_drill_begins(drill):
     assert drill[0].poll() is None
 
 
+@pytest.mark.campaign
 @pytest.mark.last
 def test_a_disturbed_run_ends_where_an_undisturbed_one_ends(cluster, drill):
     process, path, checkout = drill

@@ -103,6 +103,7 @@ def test_stages_follow_each_other_by_afterok_and_only_the_promoted_train(cluster
     assert "goes on to stage C" in engaging("promote", "chain").stdout
 
 
+@pytest.mark.campaign
 def test_cancelled_half_way_resume_queues_exactly_the_missing(cluster, engaging, clone, tmp_path):
     gate = tmp_path / "gate"
     gate.mkdir()
@@ -159,6 +160,7 @@ def test_plan_waves_under_the_users_own_limit_and_a_refusal(engaging, tmp_path):
     assert before.returncode == 2 and before.stderr.startswith("error: ") and before.stderr.count("\n") == 1
 
 
+@pytest.mark.campaign
 def test_told_to_save_the_task_requeues_and_goes_on(cluster, engaging, clone, tmp_path):
     """What SLURM does two minutes before the time limit: USR1 to the batch shell, which is the runner's task here."""
     path = kit.configuration(

@@ -108,6 +108,8 @@ def follow(shell: Shell, line: str) -> None:
         assert "your own limit" in shell.type("engaging why JOBID").stdout
         said = shell.type("engaging doctor", check=False).stdout
         assert f"job {job} can never start: 8 GPUs in mit_normal_gpu: its limit" in said, said
+    elif what == "needs the function":
+        assert REFUSED in shell.type(line, check=False).stderr  # and with it: below
     elif what == "prints sbatch":
         before = shell.last
         assert shell.type(line).stdout.splitlines()[-1].startswith("sbatch --partition=mit_")
@@ -166,6 +168,7 @@ def write_large_sets(data: Path) -> None:
         write_manifest(data / name, name, "gpt2", 50257, 50256, entries)
 
 
+@pytest.mark.campaign  # trains what the pages train; the lines that only ask are below
 @pytest.mark.parametrize("page", cluster_pages.PAGES, ids=lambda page: page.stem)
 def test_the_page_can_be_followed(cluster, clone, page):
     shell = Shell(cluster, clone)
@@ -179,12 +182,19 @@ def test_the_page_can_be_followed(cluster, clone, page):
         cluster.cancel(*shell.submitted)
 
 
-def test_the_form_of_older_guides_fails_as_the_page_says(cluster, clone):
+def test_the_form_of_older_guides_fails_and_works_as_the_page_says(cluster, clone):
     page = (ROOT / "docs" / "guide-2-speedrun.md").read_text()
     (line,) = re.findall(r"^GPU_TYPE=\w+ NUM_GPUS=\d+ sbatch .*$", page, re.MULTILINE)
-    done = Shell(cluster, clone).type(line, check=False)
+    shell = Shell(cluster, clone)
+    done = shell.type(line, check=False)
     assert done.returncode == 1 and REFUSED in done.stderr
     assert f"`{REFUSED}`" in " ".join(page.split())
+    done = shell.type(f"source activate_env.sh; {line}", "--check=true")
+    try:
+        assert "note: --gres=gpu:h100:1" in done.stderr
+        assert "gres:gpu:h100:1" in cluster.job(shell.last)["TresPerNode"]
+    finally:
+        cluster.cancel(shell.last)
 
 
 def test_a_missing_trainer_is_one_line_before_anything_is_queued(cluster, clone):

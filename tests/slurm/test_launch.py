@@ -338,6 +338,7 @@ def test_of_two_launches_of_a_name_at_one_instant_one_is_refused(cluster, engagi
         cluster.wait_for(job_of(checkout, name))
 
 
+@pytest.mark.campaign
 def test_the_controller_away_during_a_submission(cluster, engaging, checkout):
     cluster.kill_slurmctld()
     try:
@@ -394,6 +395,7 @@ def test_doctor_names_account_limits_and_a_grace_that_is_too_short(cluster, enga
     assert said in engaging("plan", "gpt2", "--partition", "mit_preemptable").stdout
 
 
+@pytest.mark.campaign
 def test_watch_asks_squeue_at_most_once_in_ten_seconds(cluster, engaging, checkout, tmp_path):
     """The live screen on a terminal of its own for 6 s, with a squeue that counts; q ends it."""
     import pty

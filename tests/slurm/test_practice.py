@@ -50,7 +50,7 @@ def waiting(cluster, tmp_path_factory) -> dict[str, object]:
     return {"preempted": preempted, "owner": owner, "lost": lost, "beat": beat}
 
 
-def test_partitions_and_gpu_types_are_engagings(cluster, waiting):
+def test_partitions_and_gpu_types_are_engagings(cluster):
     lines = cluster.run("sinfo", "-h", "-o", "%P|%l|%G").stdout.split()
     assert "mit_normal*|12:00:00|(null)" in lines
     assert "mit_normal_gpu|6:00:00|gpu:h200:8" in lines
@@ -85,6 +85,7 @@ def test_user_limits_hold_jobs_back_by_name(cluster):
         cluster.cancel(first, second, third)
 
 
+@pytest.mark.campaign
 def test_second_start_changes_nothing_and_down_leaves_nothing(cluster):
     assert practice.up(cluster.folder) is False
     with tempfile.TemporaryDirectory(prefix="practice-", dir="/tmp") as name:
@@ -146,6 +147,7 @@ def test_without_root_the_reason_is_one_line(cluster):
     assert "needs root" in done.stdout, done.stderr
 
 
+@pytest.mark.campaign
 def test_a_preempted_job_is_warned_then_requeued(cluster, waiting):
     job = waiting["preempted"]
     cluster.wait_for(waiting["owner"], "COMPLETED", 60)
@@ -155,6 +157,7 @@ def test_a_preempted_job_is_warned_then_requeued(cluster, waiting):
     cluster.cancel(job)
 
 
+@pytest.mark.campaign
 def test_a_lost_node_goes_on_and_a_dead_one_does_not(cluster, waiting):
     beat = waiting["beat"]
     cluster.wait_for(waiting["lost"], "NODE_FAIL", 60)

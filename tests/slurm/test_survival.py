@@ -62,16 +62,8 @@ def lost(cluster, project) -> tuple[str, str]:
     return job, node
 
 
-def test_preempted_runs_go_on_exactly(cluster, project, undisturbed, at_once, lost):
-    """One rank and two ranks, with a warning and without: each loses its node to the node's owner, and comes back.
-
-    The one without a warning saves after every step, so that its end finds it inside a save most of the time.
-    """
-    places = {  # run: (GPUs, node, partition, save interval)
-        "preempted-1": (1, "node3", "mit_preemptable", 0),
-        "preempted-2": (2, "node6", "mit_preemptable", 0),
-        "preempted-at-once": (1, "node4", at_once, 1),
-    }
+def preempt(cluster, project, undisturbed, places: dict[str, tuple]) -> None:
+    """Each run loses its node to the node's owner, and comes back. {run: (GPUs, node, partition, save interval)}"""
     jobs = {
         run: project.sbatch(
             *("-p", partition, "-w", node, f"--gres=gpu:{gpus}", "--cpus-per-gpu=2", "--mem-per-gpu=4G"),
@@ -97,8 +89,26 @@ def test_preempted_runs_go_on_exactly(cluster, project, undisturbed, at_once, lo
         assert "resumed from step_" in log and "Traceback" not in log
         losses = project.training(job, run)
         assert set(range(max(losses) + 1)) == set(losses), "steps are missing"
-        if run != "preempted-2":
+        if places[run][0] == 1:
             compare(losses, undisturbed, 100)
+
+
+def test_a_preempted_run_goes_on_exactly(cluster, project, undisturbed):
+    preempt(cluster, project, undisturbed, {"preempted": (1, "node3", "mit_preemptable", 0)})
+
+
+@pytest.mark.campaign
+def test_preempted_runs_go_on_exactly(cluster, project, undisturbed, at_once, lost):
+    """One rank and two ranks, with a warning and without.
+
+    The one without a warning saves after every step, so that its end finds it inside a save most of the time.
+    """
+    places = {
+        "preempted-1": (1, "node3", "mit_preemptable", 0),
+        "preempted-2": (2, "node6", "mit_preemptable", 0),
+        "preempted-at-once": (1, "node4", at_once, 1),
+    }
+    preempt(cluster, project, undisturbed, places)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +122,7 @@ def steady(cluster, project) -> str:
     return job
 
 
+@pytest.mark.campaign
 def test_scancel_is_final(cluster, project):
     job = project.sbatch("-p", "pi_lab", SHAKESPEARE, *LONG, "--out_dir=out/cancelled")
     project.wait_for_step(job, "cancelled", 5)
@@ -122,6 +133,7 @@ def test_scancel_is_final(cluster, project):
     assert cluster.job(job)["Restarts"] == "0"
 
 
+@pytest.mark.campaign
 def test_a_lost_node_does_not_spoil_the_run(cluster, project, undisturbed, lost):
     """The controller gives the job to another node, while the old attempt goes on writing until it is fenced off."""
     job, node = lost
@@ -138,7 +150,7 @@ def test_a_lost_node_does_not_spoil_the_run(cluster, project, undisturbed, lost)
     compare(project.training(job, "lost"), undisturbed, 60)
 
 
-def test_an_array_task_requeues_itself_alone(cluster, project, standin, steady):
+def test_an_array_task_requeues_itself_alone(cluster, project, standin):
     options = ["-p", "pi_lab", "--gres=gpu:1", "--cpus-per-gpu=1", "--mem-per-gpu=1G", "--array=0-2"]
     job = project.sbatch(*options, "slurm/modded/train_speedrun.sh", "--steps=120", "--pause=0.1", **standin)
     for task in range(3):
@@ -154,6 +166,7 @@ def test_an_array_task_requeues_itself_alone(cluster, project, standin, steady):
     assert [len((run / "attempts").read_text().splitlines()) for run in runs] == [1, 1, 2]
 
 
+@pytest.mark.campaign
 def test_a_signal_before_the_trainer_listens_loses_nothing(cluster, project, standin):
     """Told to save while it still imports torch, it cannot: the job requeues all the same."""
     deaf = project.root / "deaf.py"
@@ -192,6 +205,7 @@ def test_the_time_limit_is_a_chain_of_attempts(cluster, project, slow_jobs):
     assert "REQUEUED" in rows
 
 
+@pytest.mark.campaign
 def test_the_chain_ends_at_max_restarts(cluster, project, slow_jobs):
     job = slow_jobs["chain"]
     assert cluster.wait_for(job, ("FAILED", "COMPLETED", "TIMEOUT"), timeout=600) == "FAILED"
@@ -199,6 +213,7 @@ def test_the_chain_ends_at_max_restarts(cluster, project, slow_jobs):
     assert "has restarted 1 times (MAX_RESTARTS): submit it again" in cluster.log(job)
 
 
+@pytest.mark.campaign
 def test_the_controller_may_go_and_come_back(cluster, project, undisturbed, steady):
     job = steady
     began = datetime.fromisoformat(cluster.job(job)["StartTime"])

@@ -115,6 +115,7 @@ def test_a_reused_process_id_is_not_ours(checkout):
         (["--gpus", "64"], "this machine has"),
         (["--nodes", "2"], "without SLURM"),
         (["--account", "x"], "no SLURM here"),
+        (["--gpu-type", "h200"], "--gpu-type: no SLURM here"),
         (["--test-only"], "no SLURM here to ask"),
     ],
 )

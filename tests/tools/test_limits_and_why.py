@@ -6,7 +6,7 @@ import pytest
 
 from nanogpt.common.errors import UserError
 from tools.launch.presets import NAMED
-from tools.site import slurm
+from tools.site import plan, slurm
 from tools.site.cluster import Cluster, read_jobs, read_nodes, read_partitions, read_qos
 from tools.site.limits import Request, check_account, check_gpu_type, effective_qos, gpu_cap, refusals
 from tools.site.plan import Option, best, launch_line, options
@@ -98,6 +98,34 @@ def test_an_8_gpu_speedrun_cannot_start_on_the_free_tier(cluster):
     smaller = options(cluster, SITE, Request(4, None, 60, 1, 0), NAMED["speedrun"])
     taken = {(option.partition, option.request.gpu_type) for option in smaller if option.ok}
     assert taken == {("mit_preemptable", kind) for kind in ("h200", "h100", "l40s")}
+
+
+NODE = "NodeName={} State=IDLE Partitions={} CPUTot={} RealMemory={} Gres={} AllocTRES= CPUAlloc=0 AllocMem=0"
+UNTYPED = [NODE.format(f"g{n}", "gpu,short", 32, 256_000, "gpu:2") for n in range(2)]
+NO_GPUS = [NODE.format("c1", "batch", 64, 512_000, "(null)")]
+
+
+@pytest.mark.parametrize(
+    ("partitions", "nodes", "gpus", "recommended", "instead"),
+    [
+        # a cluster with untyped GPUs and without accounting: the shortest partition that takes it
+        (["gpu 2-00:00:00", "short 00:30:00"], UNTYPED, 2, "gpu", None),
+        # more GPUs than a node has: fewer of them, and no --nodes that was not asked for
+        (["gpu 2-00:00:00", "short 00:30:00"], UNTYPED, 4, None, ("gpu", 2)),
+        (["batch 1-00:00:00"], NO_GPUS, 1, None, None),
+    ],
+)
+def test_plan_on_clusters_of_other_makes(monkeypatch, partitions, nodes, gpus, recommended, instead):
+    monkeypatch.setattr(plan, "ask_starts", lambda found: None)
+    other = Cluster(notes=["no accounting here"], nodes=read_nodes("\n".join(nodes)))
+    rows = [line.split() for line in partitions]
+    text = "\n".join(f"PartitionName={name} State=UP MaxTime={limit} QoS=N/A" for name, limit in rows)
+    read_partitions(text, other)
+    asked = request(gpus, None, minutes=60, cpus=0)
+    chosen = best(options(other, SITE, asked, NAMED["gpt2"]))
+    assert (chosen.partition if chosen else None) == recommended
+    less = None if chosen else plan.smaller(other, SITE, asked, NAMED["gpt2"])
+    assert ((less.partition, less.request.gpus) if less else None) == instead
 
 
 def test_waves_and_gpu_hours():

@@ -1,5 +1,6 @@
 """Settings: which source wins, what is refused, the scratch folder, and that commands use them."""
 
+import argparse
 import os
 
 import pytest
@@ -59,6 +60,14 @@ def test_commands_see_the_files_values_and_the_environment_stands_before_them(ho
     settings.apply()
     assert os.environ["ENGAGING_GPU_PRICES"] == "2" and os.environ["DATA_ROOT"] == str(home / "data")
     assert "ACCOUNT" not in os.environ  # a job asks for it by a flag
+
+
+def test_a_flag_stands_before_the_files(home, capsys):
+    for key in ("account", "qos"):
+        shown(capsys, "set", key, f"my-{key}")
+    args = argparse.Namespace(account=None, qos="flag", partition=None)
+    settings.fill(args, None)
+    assert vars(args) == {"account": "my-account", "qos": "flag", "partition": None}
 
 
 def test_comments_of_the_file_stay(home, capsys):

@@ -270,11 +270,13 @@ def _launch_here(
 
     if args.test_only:
         raise UserError("--test-only: no SLURM here to ask (no sbatch on PATH); log in to the cluster")
-    asked = [f for f in ("partition", "account", "qos", "reservation", "sbatch") if getattr(args, f)]
+    asked = [
+        f for f in ("partition", "account", "qos", "reservation", "gpu_type", "sbatch") if getattr(args, f)
+    ]
     asked += ["mail"] if args.mail is not None else []
     if asked:
         raise UserError(
-            f"--{asked[0]}: no SLURM here (no sbatch on PATH); leave it out, or log in to the cluster"
+            f"--{asked[0].replace('_', '-')}: no SLURM here (no sbatch on PATH); leave it out, or log in to the cluster"
         )
     if args.nodes > 1:
         raise UserError(f"--nodes={args.nodes}: without SLURM a run stays on this machine; leave it out")

@@ -90,7 +90,9 @@ def reduce_rank(backend: str, rank: int, world: int, folder: str, seconds: float
     note(folder, rank, "joining the group")
     if on_gpu:
         torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    meeting = f"file://{folder}/store"
+    bound = device if on_gpu else None  # or a barrier guesses which GPU it is for
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, device_id=bound)
     size = REDUCE_BYTES if on_gpu else 1 << 20
     data, over = torch.empty(size // 4, device=device), torch.zeros(1, device=device)
     times: list[float] = []
@@ -105,7 +107,7 @@ def reduce_rank(backend: str, rank: int, world: int, folder: str, seconds: float
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
         if not bool((data == world * (world + 1) / 2).all()):
-            raise SystemExit(f"the sum of round {len(times)} is wrong")
+            raise SystemExit(f"error: the sum of round {len(times)} is wrong")
         over.fill_(rank == 0 and time.monotonic() > end and len(times) > 2 * WARM_UP)
         dist.all_reduce(over)
     if rank == 0:
@@ -172,7 +174,8 @@ def how(rank: int, status: int, folder: str) -> str:
     if status < 0:
         return f"was ended by {signal.Signals(-status).name} {where}"
     lines = Path(folder, f"rank-{rank}.err").read_text(errors="replace").strip().splitlines()
-    return f"failed {where}: {lines[-1] if lines else f'exit status {status}'}"
+    errors = [line for line in lines if "error" in line.lower()] or lines or [f"exit status {status}"]
+    return f"failed {where}: {errors[-1]}"
 
 
 def stuck(notes: list[dict], ranks: list[subprocess.Popen]) -> str:

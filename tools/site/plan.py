@@ -76,7 +76,10 @@ def options(
     for name in names:
         partition = cluster.partition(name)
         kinds: list[str | None] = [request.gpu_type] if request.gpu_type else list(cluster.gpu_types(name))
-        if not request.gpus or (not kinds and partitions):
+        untyped = any(
+            node.gpus.get("") for node in cluster.nodes_of(name)
+        )  # Gres=gpu:2, as small clusters write it
+        if not request.gpus or (not kinds and (partitions or untyped)):
             kinds = [None]
         for kind in kinds:
             cpus = request.cpus or default_cpus(site, cluster, name, request.gpus, kind)
@@ -89,7 +92,7 @@ def options(
             if why:
                 option.refusals.append(Refusal("wrong count", why))
             option.spares_gpus = bool(request.gpus) or not cluster.gpu_types(name)
-            option.free = sum(node.free_gpus(kind) for node in cluster.nodes_of(name)) if kind else 0
+            option.free = sum(node.free_gpus(kind or "") for node in cluster.nodes_of(name))
             cap, _ = gpu_cap(cluster, partition, asked)
             if cap is not None and asked.all_gpus:
                 option.at_once = max(1, cap // asked.all_gpus)

@@ -1,0 +1,159 @@
+#!/bin/bash
+# sbatch_as_typed.sh WORDS...: `sbatch WORDS...` for this repository's scripts, as people type it (see sbatch.sh).
+#
+# The shell has filled in the words already: `GPU_TYPE=h100 NUM_GPUS=2 sbatch --gres=gpu:${GPU_TYPE}:${NUM_GPUS} ...` comes
+# here as `--gres=gpu::` with both variables set. Remarks go to stderr: `$(sbatch --parsable ...)` stays a number.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=submit.sh
+. "$(dirname "${BASH_SOURCE[0]}")/submit.sh"
+
+is_ours() { # the script lies in this repository and is one of those that submit.sh is for
+    local folder
+    [ -f "$script" ] || return 1
+    folder=$(cd "$(dirname "$script")" && pwd -P) || return 1
+    [[ $folder/ == "$ROOT"/* ]] && grep -q 'slurm/lib/submit\.sh' "$script"
+}
+
+choose_partition() { # where the header's partition cannot take it: one that can, two for a job that can resume
+    local header name reason here="" fits=() most=1 minutes limit
+    header=$(header_value "$script" partition)
+    minutes=$(minutes_of "${SBATCH_TIMELIMIT:-$(header_value "$script" time)}")
+    if [ -n "$(said time)" ]; then minutes=$(minutes_of "$(said time)"); fi
+    partition=$(said partition)
+    partition=${partition:-${SBATCH_PARTITION:-}}
+    if [ -n "$partition" ]; then
+        limit=$(partition_minutes "${partition%%,*}")
+        if [ -z "$(said time)${SBATCH_TIMELIMIT:-}" ] && [ -n "$limit" ] && [ "${minutes:-0}" -gt "$limit" ]; then
+            typed+=("--time=$(clock_of "$limit")")
+            note "${typed[-1]}: all that ${partition%%,*} gives"
+            minutes=$limit
+        fi
+        reason=$(why_not "$partition" "$type" "$gpus" "$nodes" "${minutes:-1}")
+        if [[ $partition != *,* && ($reason == has* || $reason == "is not"*) ]]; then
+            die "--partition=$partition: $partition $reason; engaging plan shows what can start where"
+        fi
+        own_limit "$partition" "${minutes:-1}"
+        return 0
+    fi
+    if grep -q '^#SBATCH --signal' "$script"; then most=2; fi
+    for name in $(candidates gpu "$header"); do
+        reason=$(why_not "$name" "$type" "$gpus" "$nodes" "${minutes:-1}")
+        if [ -z "$reason" ]; then fits+=("$name"); fi
+        if [ "$name" = "$header" ] && [[ -z $reason || $reason == "gives one user"* ]]; then here=$name; fi
+        if [ "${fits[0]:-}" = "$header" ] || [ ${#fits[@]} -eq "$most" ]; then break; fi
+    done
+    partition=$header
+    if [ "${fits[0]:-}" = "$header" ]; then return 0; fi
+    if [ ${#fits[@]} -gt 0 ]; then
+        partition=$(IFS=,; echo "${fits[*]}")
+        typed+=("--partition=$partition")
+        note "--partition=$partition: $header $(why_not "$header" "$type" "$gpus" "$nodes" "${minutes:-1}")"
+    elif [ -n "$here" ]; then
+        own_limit "$here" "${minutes:-1}"
+    else
+        PARTITION="" NODES=${nodes#1} GPU_TYPE=$type NUM_GPUS=$gpus
+        refuse "$(reasons_everywhere "$header" "${minutes:-1}")" "$gpus" "$type" "$nodes" gpu "$header"
+    fi
+}
+
+reasons_everywhere() { # HEADERS_PARTITION MINUTES: why each partition with GPUs cannot take it
+    local name text=""
+    for name in $(candidates gpu "$1"); do
+        if [ -z "$(gpu_row "$name" "")" ]; then continue; fi
+        text+="${text:+, }$name $(why_not "$name" "$type" "$gpus" "$nodes" "$2")"
+    done
+    printf '%s' "$text"
+}
+
+own_limit() { # PARTITIONS MINUTES: sets never where the user's own limit forbids it in each of them
+    local name reason most=0
+    for name in ${1//,/ }; do
+        reason=$(why_not "$name" "$type" "$gpus" "$nodes" "$2")
+        if [[ $reason != "gives one user"* ]]; then return 0; fi
+        reason=${reason#gives one user }
+        if [ "${reason% GPUs}" -gt "$most" ]; then most=${reason% GPUs}; fi
+    done
+    never="$((gpus * nodes)) GPUs asked, your limit is $most"
+}
+
+ask_slurm() { # JOB: sets never to SLURM's reason, where that is one that does not pass; asked once
+    local reason
+    reason=$(timeout 2 squeue -h -j "$1" -o %r 2>/dev/null | head -n 1) || reason=""
+    case $reason in
+        PartitionTimeLimit | PartitionNodeLimit | PartitionConfig | BadConstraints | InvalidAccount | InvalidQOS | \
+            QOSMax*PerJob* | AssocMax*PerJob* | QOSMaxWallDuration* | DependencyNeverSatisfied)
+            never="SLURM says $reason"
+            ;;
+    esac
+}
+
+submit_as_typed() { # sbatch itself, its answer as it gives it, and then the one question
+    local answer status=0 job
+    # shellcheck disable=SC2154  # parse_line sets arguments
+    local after=(${arguments[@]+"${arguments[@]}"})
+    if [[ " ${typed[*]} " == *" --test-only "* || " ${typed[*]} " == *" --wait "* ]]; then
+        exec sbatch ${typed[@]+"${typed[@]}"} "$script" ${after[@]+"${after[@]}"}
+    fi
+    answer=$(sbatch ${typed[@]+"${typed[@]}"} "$script" ${after[@]+"${after[@]}"}) || status=$?
+    if [ -n "$answer" ]; then printf '%s\n' "$answer"; fi
+    if [ "$status" -ne 0 ]; then exit "$status"; fi
+    job=$(sed -n 's/^\(Submitted batch job \)\{0,1\}\([0-9][0-9]*\)\(;.*\| on .*\)\{0,1\}$/\2/p' <<<"$answer" | tail -n 1)
+    if [ -z "$job" ]; then return 0; fi
+    if [ -z "$never" ]; then ask_slurm "$job"; fi
+    if [ -n "$never" ]; then
+        printf 'warning: job %s will never start: %s; engaging why %s\n' "$job" "$never" "$job" >&2
+    fi
+}
+
+main() {
+    local name
+    parse_line "$@"
+    if [ -n "$(said wrap)" ] || ! is_ours; then exec sbatch "$@"; fi
+    if grep -q $'\r' "$script"; then die "$script: has Windows line ends; sed -i 's/\\r\$//' $(printf '%q' "$script")"; fi
+    if in_job; then
+        note "submitted from inside job $SLURM_JOB_ID, whose settings do not go along"
+        for name in $(compgen -v SLURM_) RUN_GPUS RUN_STORE RUN_FOLDER; do
+            if [ "$name" != SLURM_CONF ]; then unset "$name"; fi
+        done
+    fi
+    check_settings
+    script=$(cd "$(dirname "$script")" && pwd -P)/$(basename "$script")
+    nodes=$(said nodes)
+    nodes=${nodes:-$(header_value "$script" nodes)}
+    nodes=${nodes%%-*}
+    is_number "$nodes" || nodes=1
+    warn_about_account "$(said account)" "$(said qos)"
+    gpus="" never="" QOS=$(said qos)
+    if [ -n "$(header_value "$script" gres)" ] && fill_gpus; then
+        fit_node_share "$script"
+        if ask_cluster; then
+            # shellcheck disable=SC2034  # for cluster.sh
+            site=$(site_file) || exit 2
+            choose_partition
+        fi
+        if [ -n "$filled" ]; then note "$filled"; fi
+    fi
+    wait_for_data
+    keep_code
+    if [ -z "$(said output)$(said chdir)" ] && [ "$PWD" != "$ROOT" ]; then
+        cd "$ROOT" # where logs/ is
+        note "submitted from $ROOT, where its log goes"
+    fi
+    submit_as_typed
+}
+
+wait_for_data() { # a training job behind one's own job that prepares its tokens
+    local needs
+    read -r -a needs < <(sed -n 's/^need_data \([^ ]*\) \([^ ]*\) .*/\1 \2/p' "$script") || return 0
+    if [ -n "$(said dependency)" ] || [ ${#needs[@]} -ne 2 ]; then return 0; fi
+    need_data "${needs[@]}" ${arguments[@]+"${arguments[@]}"}
+    if [ -n "$first" ]; then
+        warn "no ${needs[0]} in $(data_root): the job will end with that as soon as it starts; first: sbatch $first"
+    fi
+    if [ -n "$behind" ]; then
+        typed+=("--dependency=afterany:$behind")
+        note "it waits for your job $behind, which prepares ${needs[0]}"
+    fi
+}
+
+main "$@"

@@ -128,7 +128,7 @@ def test_leftovers_go_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("mine")
-    checkpoints.remove_leftovers(tmp_path)
+    checkpoint_names.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", sound.name]
 
 

@@ -212,11 +212,12 @@ def test_other_data_are_refused(zygote, tmp_path):
     tiny.make_data(tmp_path / "b", seed=2)
     flags = [*tiny.FLAGS, f"--out_dir={tmp_path}/run", "--max_iters=2", "--auto_resume=true"]
     assert zygote.run([*flags, f"--data_root={tmp_path}/a"]).status == 0
-    done = zygote.run([*flags, f"--data_root={tmp_path}/b"])
+    longer = [*flags, "--max_iters=4"]
+    done = zygote.run([*longer, f"--data_root={tmp_path}/b"])
     refused(done, "data set", "--accept_changed=data")
     shutil.copytree(tmp_path / "a", tmp_path / "c")  # equal data elsewhere are the same data
-    assert zygote.run([*flags, f"--data_root={tmp_path}/c"]).status == 0
-    accepted = zygote.run([*flags, f"--data_root={tmp_path}/b", "--accept_changed=data"])
+    assert zygote.run([*longer, f"--data_root={tmp_path}/c"]).status == 0
+    accepted = zygote.run([*flags, "--max_iters=6", f"--data_root={tmp_path}/b", "--accept_changed=data"])
     assert accepted.status == 0
     assert "accepted" in accepted.stderr
 

@@ -335,7 +335,17 @@ def main(argv: list[str]) -> int:
         return EXIT_INTERRUPTED
     if status:
         return status
-    return judge(recorded, args.out_dir, math.inf if args.max_iters is None else args.max_iters)
+    return judge(recorded, args.out_dir, comparable_steps(recorded, args.max_iters))
+
+
+def comparable_steps(recorded: Recorded, wanted: int | None) -> float:
+    """How many steps the new run shares with the log: a run that was made longer afterwards has more of its own."""
+    planned = recorded.config.get("max_iters")
+    if wanted is not None or not isinstance(planned, int):
+        return math.inf if wanted is None else wanted
+    if any(step > planned for _, step in recorded.losses):
+        print(f"the run was made longer after step {planned}; compared are the steps up to there")
+    return planned
 
 
 def judge(recorded: Recorded, folder: Path, max_iters: float) -> int:

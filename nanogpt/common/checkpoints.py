@@ -246,13 +246,6 @@ def prune(folder: Path, keep: int, also: set[int]) -> None:
             _discard(folder / name_of(step))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what attempts that died in a save or a prune have left."""
-    if folder.is_dir():
-        for path in [*folder.glob(".step_*.tmp"), *folder.glob(".trash_*")]:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _discard(path: Path) -> bool:
     """Delete a checkpoint; False when the file system refuses, which is no reason to stop a run that has just saved."""
     # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under a good name.

@@ -102,6 +102,8 @@ def _open(trainer: Trainer, config: object, explicit: dict, folder: Path, argv: 
     accepted = set(filter(None, config.accept_changed.split(",")))
     merged = _merge(trainer, stored, explicit, "config" in accepted)
     if _says_finished(trainer, config, explicit, folder):
+        # What the disk refused to delete at the end.
+        checkpoint_names.remove_leftovers(folder / "checkpoints")
         loss = rundir.last_end(folder).get("val_loss")
         print(
             f"{folder}: finished{'' if loss is None else f', val loss {loss:.4f}'}; nothing is left to train. To start "

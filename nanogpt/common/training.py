@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nanogpt.common import checkpoints
+from nanogpt.common import checkpoint_names, checkpoints
 from nanogpt.common.errors import UserError
 from nanogpt.common.progress import Progress
 from nanogpt.common.ranks import Ranks
@@ -68,7 +68,7 @@ def latest_checkpoint(run: RunDir, ranks: Ranks) -> checkpoints.Checkpoint | Non
     """The run's newest sound checkpoint, the same on all ranks: rank 0 looks, the others read what it chose."""
     with ranks.main_only() as box:
         if ranks.is_main:
-            checkpoints.remove_leftovers(run.checkpoints)
+            checkpoint_names.remove_leftovers(run.checkpoints)
             found = checkpoints.load_latest(run.checkpoints, run.say)
             if found is None and run.config.get("must_resume"):
                 raise UserError(

@@ -37,4 +37,4 @@ if [ -n "$name" ]; then
     die "$name: this is a login node, where nothing should compute; run: ${words[*]} $name (or HERE=1 $name)"
 fi
 note "this is a login node: ${words[*]} ... (HERE=1 runs it here)"
-exec "${words[@]}" "$@"
+exec ${words[@]+"${words[@]}"} "$@"

@@ -351,8 +351,8 @@ def test_a_real_speedrun_of_the_tiny_preset(tmp_path: Path, run_python: Callable
         "letters", tmp_path, {k: v.astype(np.uint16) for k, v in ids.items()}, "char", 96, run_kit.CHARS
     )
     flags = (
-        "--dataset=letters", "--vocab_size=128", "--prefix=false", "--steps=3", "--extension_steps=1",
-        "--eval_interval=3", "--eval_tokens=1024", "--eval_slice=1024", "--warmup=false", "--num_threads=1",
+        "--dataset=letters", "--vocab_size=128", "--prefix=false", "--steps=4", "--extension_steps=1",
+        "--eval_interval=4", "--eval_tokens=1024", "--eval_slice=1024", "--warmup=false", "--num_threads=1",
         "--device=cpu", f"--data_root={tmp_path}", f"--out_dir={tmp_path}/run",
     )  # fmt: skip
     done = run_python("-m", "modded_nanogpt.train_gpt", "tiny", *flags)

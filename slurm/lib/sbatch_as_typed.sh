@@ -117,6 +117,9 @@ main() {
         done
     fi
     check_settings
+    if [ -n "$(said gpus-per-task)" ]; then
+        die "--gpus-per-task=$(said gpus-per-task): one task a node starts a rank for each of its GPUs; type --gres=gpu:NUMBER"
+    fi
     script=$(cd "$(dirname "$script")" && pwd -P)/$(basename "$script")
     nodes=$(said nodes)
     nodes=${nodes:-$(header_value "$script" nodes)}

@@ -72,8 +72,12 @@ def test_what_people_type_becomes_what_fits(cluster, typed, line, fields, remark
         (f"GPU_TYPE='$(touch pwned)' NUM_GPUS=1 {DOCUMENTS} {SPEEDRUN}", "GPU_TYPE="),
         (f"sbatch --gres='gpu:$(touch pwned):1' {SPEEDRUN}", "no GPU type of this cluster"),
         (f"sed 's/$/\\r/' {SPEEDRUN} >dos.sh; sbatch dos.sh", "has Windows line ends; sed -i"),
+        (
+            f"sbatch --ntasks=4 --gpus-per-task=1 {SPEEDRUN}",
+            "--gpus-per-task=1: one task a node starts a rank for",
+        ),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_what_cannot_be_filled_in_is_one_line(project, typed, line, said):
     done = typed(line, check=False)

@@ -16,6 +16,7 @@ import pytest
 
 from tools.practice import cluster as practice
 from tools.practice import packages
+from tools.practice.commands import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MIRROR = ROOT.parent / "shared" / "data"  # texts for the preparation scripts, where somebody put them
@@ -47,7 +48,7 @@ class Cluster:
         self.folder = folder
         foreign = ("SLURM_", "SBATCH_", "OMP_NUM_THREADS")
         clean = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-        self.env = {**clean, **practice.environment(folder)}
+        self.env = {**clean, **environment(folder)}
         self.background: list[subprocess.Popen] = []  # what needs the controller and runs beside the tests
 
     def run(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools.practice import cluster as practice
+from tools.practice.commands import environment
 from tools.practice.processes import with_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +93,7 @@ def test_second_start_changes_nothing_and_down_leaves_nothing(cluster):
         Path(name).chmod(0o755)  # munge wants its socket within everybody's reach
         folder = Path(name) / "c"
         assert practice.up(folder)
-        env = {**os.environ, **practice.environment(folder)}
+        env = {**os.environ, **environment(folder)}
         subprocess.run(
             ["sbatch", "-o", "/dev/null", "--wrap", "setsid sleep 321 & sleep 300"], env=env, check=True
         )

@@ -10,6 +10,7 @@ SLURM hands them out and counts them, and programs find none.
 `python -m tools.practice up|down|status` does the same from a shell.
 """
 
-from tools.practice.cluster import Options, down, environment, status, up
+from tools.practice.cluster import Options, down, status, up
+from tools.practice.commands import environment
 
 __all__ = ["Options", "down", "environment", "status", "up"]

@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
 
 
 def _up(args: argparse.Namespace) -> int:
-    from tools.practice.cluster import Options, environment, up
+    from tools.practice.cluster import Options, up
+    from tools.practice.commands import environment
 
     started = time.monotonic()
     folder = Path(args.dir)

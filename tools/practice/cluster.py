@@ -13,13 +13,20 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt.common.errors import CommandError, UserError
 from tools.practice import conf, packages
+from tools.practice.commands import (
+    background,
+    call,
+    daemon,
+    everything,
+    manager,
+    wait_for_command,
+)
 from tools.practice.conf import Options
 from tools.practice.processes import (
     alive,
@@ -27,26 +34,15 @@ from tools.practice.processes import (
     command_name,
     descendants,
     end,
-    has_environment,
     poll,
-    read_pid,
     wait_until,
-    with_environment,
 )
 from tools.practice.shape import ACCOUNT, CLUSTER, NODES, PARTITIONS
 
 LONGEST_FOLDER = 60  # a unix socket's path must stay under 108 characters
 DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld")
-MARK = "PRACTICE_CLUSTER_DAEMON_OF"
 LOCK_SECONDS = 180
-# What an enclosing job or another cluster has set would confuse this cluster's daemons and commands.
-FOREIGN = ("SLURM", "SBATCH_", "SALLOC_", "SINFO_", "SQUEUE_", "SACCT", "SCONTROL_", "MYSQL_", "MARIADB_")
 HERE = Path(__file__).resolve().parent
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """What a program needs in its environment to talk to the cluster of that folder."""
-    return {"SLURM_CONF": str(Path(folder).resolve() / "etc" / "slurm.conf"), "PATH": packages.search_path()}
 
 
 def up(folder: Path, options: Options | None = None) -> bool:
@@ -57,7 +53,7 @@ def up(folder: Path, options: Options | None = None) -> bool:
     with _lock(folder):
         if status(folder)["running"]:
             return False
-        if _everything(folder):
+        if everything(folder):
             print(f"practice cluster in {folder}: half of it is dead; starting it again", file=sys.stderr)
             _stop(folder)
         for last in (False, False, True):
@@ -83,7 +79,7 @@ def down(folder: Path, *, delete: bool = False) -> bool:
     if not (folder / "etc").is_dir():
         return False
     with _lock(folder):
-        found = bool(_everything(folder))
+        found = bool(everything(folder))
         _stop(folder)
     if delete:
         shutil.rmtree(folder, ignore_errors=True)
@@ -93,24 +89,18 @@ def down(folder: Path, *, delete: bool = False) -> bool:
 def status(folder: Path) -> dict[str, object]:
     """{"running": bool, "alive": {daemon or node: process id}, "missing": [names]} of a folder's cluster."""
     folder = Path(folder).resolve()
-    pids = {name: _daemon(folder, name) for name in DAEMONS}
+    pids = {name: daemon(folder, name) for name in DAEMONS}
     pids |= {node.name: node_init(folder, node.name) for node in NODES}
     missing = [name for name, pid in pids.items() if pid is None]
-    ping = not missing and _call(folder, ["scontrol", "ping"], check=False).returncode == 0
+    ping = not missing and call(folder, ["scontrol", "ping"], check=False).returncode == 0
     return {"running": ping, "alive": {k: v for k, v in pids.items() if v}, "missing": missing}
 
 
 def node_init(folder: Path, name: str) -> int | None:
     """The first process of a node (as this machine counts), below which all of the node's processes live."""
-    outer = _daemon(folder, f"node-{name}")
+    outer = daemon(folder, f"node-{name}")
     below = children(outer) if outer else []
     return below[0] if below else None
-
-
-def _daemon(folder: Path, name: str) -> int | None:
-    """The live process of a PID file, if it is this cluster's: numbers are used again."""
-    pid = read_pid(folder / "run" / f"{name}.pid")
-    return pid if pid and has_environment(pid, f"{MARK}={folder}") else None
 
 
 def start_node(folder: Path, name: str) -> None:
@@ -122,14 +112,14 @@ def start_node(folder: Path, name: str) -> None:
     )  # its number means nothing in a new namespace
     command = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--uts", "--mount"]
     command += ["bash", str(HERE / "node.sh"), name, str(folder / "etc" / "hosts")]
-    process = _background(folder, f"node-{name}", command)
+    process = background(folder, f"node-{name}", command)
     (folder / "run" / f"node-{name}.pid").write_text(f"{process.pid}\n")
 
 
 def stop_node(folder: Path, name: str) -> None:
     """Pull the node's plug: all of its processes die at once, and nobody is told."""
     folder = Path(folder).resolve()
-    outer, first = _daemon(folder, f"node-{name}"), node_init(folder, name)
+    outer, first = daemon(folder, f"node-{name}"), node_init(folder, name)
     inner = descendants(first) if first else []
     end([pid for pid in (first, outer) if pid], 10, signal.SIGKILL)
     poll(lambda: not any(map(alive, inner)), 10)
@@ -149,12 +139,12 @@ def start_slurmd(folder: Path, name: str) -> None:
     if first is None:
         raise UserError(f"node {name!r} is off; start the node")
     (folder / "run" / f"slurmd-{name}.pid").unlink(missing_ok=True)
-    _call(folder, ["nsenter", f"--target={first}", "--pid", "--mount", "--uts", "slurmd", "-N", name])
+    call(folder, ["nsenter", f"--target={first}", "--pid", "--mount", "--uts", "slurmd", "-N", name])
 
 
 def kill_controller(folder: Path) -> None:
     """Kill slurmctld without a word, as a crash does."""
-    pid = _daemon(Path(folder).resolve(), "slurmctld")
+    pid = daemon(Path(folder).resolve(), "slurmctld")
     if pid:
         end([pid], 5, signal.SIGKILL)
 
@@ -163,8 +153,8 @@ def start_controller(folder: Path) -> None:
     """Start slurmctld and wait until it answers."""
     folder = Path(folder).resolve()
     (folder / "run" / "slurmctld.pid").unlink(missing_ok=True)
-    _call(folder, ["slurmctld"])
-    _wait_for_command(folder, "slurmctld", ["scontrol", "ping"])
+    call(folder, ["slurmctld"])
+    wait_for_command(folder, "slurmctld", ["scontrol", "ping"])
 
 
 def wait_for_registration(folder: Path) -> None:
@@ -176,7 +166,7 @@ def wait_for_registration(folder: Path) -> None:
     on = [node.name for node in NODES if node_init(folder, node.name)]
 
     def reported() -> bool:
-        text = _call(folder, ["scontrol", "show", "node", "-o"], check=False).stdout
+        text = call(folder, ["scontrol", "show", "node", "-o"], check=False).stdout
         rows = {
             row.split()[0].partition("=")[2]: row for row in text.splitlines() if row.startswith("NodeName=")
         }
@@ -229,8 +219,8 @@ def _start(folder: Path, options: Options) -> None:
     _write_files(folder, options)
     _start_munge(folder)
     _start_database(folder)
-    _call(folder, ["slurmdbd"], MYSQL_UNIX_PORT=str(folder / "sql" / "my.sock"))
-    _wait_for_command(folder, "slurmdbd", ["sacctmgr", "-n", "show", "cluster"])
+    call(folder, ["slurmdbd"], MYSQL_UNIX_PORT=str(folder / "sql" / "my.sock"))
+    wait_for_command(folder, "slurmdbd", ["sacctmgr", "-n", "show", "cluster"])
     fresh = not (folder / "state" / ".accounts").exists()
     if fresh:
         _add_accounts(folder)
@@ -295,9 +285,7 @@ def _start_munge(folder: Path) -> None:
         f"--socket={run}/munge.sock",
         f"--pid-file={run}/munged.pid",
     ]
-    _call(
-        folder, [*command, f"--log-file={folder}/log/munged.log", f"--seed-file={folder}/state/munged.seed"]
-    )
+    call(folder, [*command, f"--log-file={folder}/log/munged.log", f"--seed-file={folder}/state/munged.seed"])
 
 
 def _start_database(folder: Path) -> None:
@@ -313,7 +301,7 @@ def _start_database(folder: Path) -> None:
         fresh = folder / "db.new"
         shutil.rmtree(fresh, ignore_errors=True)
         install = ["mariadb-install-db", *common, f"--datadir={fresh}", "--force", "--skip-test-db"]
-        _call(folder, [*install, "--auth-root-authentication-method=normal"], timeout=120)
+        call(folder, [*install, "--auth-root-authentication-method=normal"], timeout=120)
         shutil.rmtree(data, ignore_errors=True)
         fresh.rename(data)
     server = [
@@ -325,19 +313,19 @@ def _start_database(folder: Path) -> None:
         "--skip-networking",
     ]
     server += [f"--tmpdir={folder}/tmp", "--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900"]
-    _background(folder, "mariadbd", [*server, "--performance-schema=off", "--skip-log-bin"])
+    background(folder, "mariadbd", [*server, "--performance-schema=off", "--skip-log-bin"])
     ping = ["mariadb-admin", "--no-defaults", f"--socket={sock}", "-u", "root", "ping"]
-    _wait_for_command(folder, "mariadbd", ping)
+    wait_for_command(folder, "mariadbd", ping)
 
 
 def _add_accounts(folder: Path) -> None:
     """Each may be there already, from a start that was killed: what counts is what is there afterwards."""
     limited = [part.name for part in PARTITIONS if part.limits]
-    _manager(folder, "add", "cluster", CLUSTER, check=False)
-    _manager(folder, "add", "account", ACCOUNT, "Description=practice", "Organization=practice", check=False)
-    _manager(folder, "add", "qos", ",".join(limited), check=False)
-    shown = _call(folder, ["sacctmgr", "-nP", "show", "qos", "format=Name"]).stdout.split()
-    shown += _call(folder, ["sacctmgr", "-nP", "show", "account", "format=Account"]).stdout.split()
+    manager(folder, "add", "cluster", CLUSTER, check=False)
+    manager(folder, "add", "account", ACCOUNT, "Description=practice", "Organization=practice", check=False)
+    manager(folder, "add", "qos", ",".join(limited), check=False)
+    shown = call(folder, ["sacctmgr", "-nP", "show", "qos", "format=Name"]).stdout.split()
+    shown += call(folder, ["sacctmgr", "-nP", "show", "account", "format=Account"]).stdout.split()
     lacking = {ACCOUNT, *limited} - set(shown)
     if lacking:
         raise CommandError(f"sacctmgr could not make {', '.join(sorted(lacking))}; see {folder}/log")
@@ -345,105 +333,44 @@ def _add_accounts(folder: Path) -> None:
 
 def _add_users(folder: Path, users: tuple[str, ...]) -> None:
     for user in ("root", *users):
-        _manager(folder, "add", "user", user, f"Account={ACCOUNT}", check=False)  # fails when there already
-        _manager(folder, "modify", "user", user, "set", f"DefaultAccount={ACCOUNT}", check=False)
+        manager(folder, "add", "user", user, f"Account={ACCOUNT}", check=False)  # fails when there already
+        manager(folder, "modify", "user", user, "set", f"DefaultAccount={ACCOUNT}", check=False)
 
 
 def _set_limits(folder: Path) -> None:
     for part in PARTITIONS:
         if part.limits:
             limits = [f"MaxTRESPerUser={part.limits}", f"MaxSubmitJobsPerUser={part.max_jobs}"]
-            _manager(folder, "modify", "qos", part.name, "set", *limits)
+            manager(folder, "modify", "qos", part.name, "set", *limits)
 
 
 def _nodes_ready(folder: Path) -> bool:
-    lines = _call(folder, ["sinfo", "-h", "-N", "-o", "%N %T"], check=False).stdout.split("\n")
+    lines = call(folder, ["sinfo", "-h", "-N", "-o", "%N %T"], check=False).stdout.split("\n")
     states = dict(line.split() for line in lines if line.strip())
     bad = [name for name, word in states.items() if word.startswith(("drain", "down"))]
     if bad:  # a leftover of an earlier life, such as "Duplicate jobid" after a killed controller
-        _call(folder, ["scontrol", "update", f"NodeName={','.join(bad)}", "State=RESUME"], check=False)
+        call(folder, ["scontrol", "update", f"NodeName={','.join(bad)}", "State=RESUME"], check=False)
     return len(states) == len(NODES) and all(w in ("idle", "mixed", "allocated") for w in states.values())
 
 
 def _stop(folder: Path) -> None:
-    if _daemon(folder, "slurmctld"):
+    if daemon(folder, "slurmctld"):
         _cancel_jobs(folder)
     for node in NODES:
         stop_node(folder, node.name)
     for name in reversed(DAEMONS):
-        pid = _daemon(folder, name)
+        pid = daemon(folder, name)
         if pid:
             end([pid], 20)
-    end(_everything(folder), 3)  # whatever lost its PID file
+    end(everything(folder), 3)  # whatever lost its PID file
     for file in (folder / "run").glob("*"):
         file.unlink(missing_ok=True)
 
 
 def _cancel_jobs(folder: Path) -> None:
     """Cancel with notice, so that the accounting has an end for each job. The nodes' end does the rest."""
-    jobs = _call(folder, ["squeue", "-h", "-o", "%A"], check=False).stdout.split()
+    jobs = call(folder, ["squeue", "-h", "-o", "%A"], check=False).stdout.split()
     if jobs:
-        _call(folder, ["scancel", "--full", *sorted(set(jobs))], check=False)
+        call(folder, ["scancel", "--full", *sorted(set(jobs))], check=False)
         running = ["squeue", "-h", "-t", "R,CG", "-o", "%A"]
-        poll(lambda: not _call(folder, running, check=False).stdout.strip(), 3)
-
-
-def _everything(folder: Path) -> list[int]:
-    """All daemons and nodes of this cluster: they carry its mark, which neither users' shells nor jobs do."""
-    return with_environment(f"{MARK}={folder}")
-
-
-def _manager(folder: Path, *words: str, check: bool = True) -> None:
-    _call(folder, ["sacctmgr", "-i", *words], check=check)
-
-
-def _wait_for_command(folder: Path, what: str, command: list[str]) -> None:
-    wait_until(what, lambda: _call(folder, command, check=False).returncode == 0, 120, folder / "log")
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    """A clean one. TMPDIR: a starting MariaDB deletes the temporary tables of every other that shares it."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
-    return {**kept, **environment(folder), MARK: str(folder), "TMPDIR": f"{folder}/tmp", "LC_ALL": "C"}
-
-
-def _call(
-    folder: Path, command: list[str], *, check: bool = True, timeout: float = 30, **variables: str
-) -> subprocess.CompletedProcess:
-    """Run one command of the cluster; a failure is an error with the command's own last words."""
-    env = {**_environment(folder), **variables}
-    log = folder / "log" / "commands.log"
-    # Output goes through a file: a daemon that keeps a pipe open would keep us waiting.
-    with log.open("ab+") as out:
-        start = out.seek(0, os.SEEK_END)
-        try:
-            code = subprocess.run(
-                command,
-                env=env,
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                timeout=timeout,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
-        out.seek(start)
-        text = out.read().decode(errors="replace")
-    if check and code:
-        last = text.strip().splitlines()[-1:] or ["no output"]
-        raise CommandError(f"{command[0]} failed with status {code}: {last[0]}; see {folder}/log")
-    return subprocess.CompletedProcess(command, code, stdout=text)
-
-
-def _background(folder: Path, name: str, command: list[str]) -> subprocess.Popen:
-    with (folder / "log" / f"{name}.out").open("ab") as out:
-        return subprocess.Popen(
-            command,
-            env=_environment(folder),
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
+        poll(lambda: not call(folder, running, check=False).stdout.strip(), 3)

@@ -128,6 +128,20 @@ def test_what_slurm_says(home, monkeypatch):
     assert "engaging why 7" in rungs["char model"].text
 
 
+def test_the_gpus_of_the_practice_cluster_ask_for_no_other_torch(home, monkeypatch):
+    torch_of(home, None)
+    monkeypatch.setattr(ladder.slurm, "available", lambda: True)
+    monkeypatch.setattr(ladder, "ask_cluster", lambda: Cluster(associations=[]))
+    monkeypatch.setattr(Cluster, "gpu_types", lambda _: ["h200"])
+    for name, state in (("practice", "done"), ("eofe7", "failed")):
+        monkeypatch.setattr(ladder.profile, "cluster_name", lambda name=name: name)
+        assert standing(home)["torch"].state == state
+
+
+def test_a_command_that_a_signal_ended_got_no_answer():
+    assert Answer(-13, "", "").unreachable and not Answer(1, "", "no such job").unreachable
+
+
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [

@@ -24,8 +24,9 @@ from nanogpt.common.storage import atomic_write_text, make_folder
 from tools.args import Parser
 from tools.launch.environment import environment_python
 from tools.place import checkout
+from tools.practice import shape
 from tools.runs import Run, printable, read_run, runs_under
-from tools.site import checks_machine, slurm
+from tools.site import checks_machine, profile, slurm
 from tools.site.cluster import Cluster, ask_cluster, user_name
 from tools.site.estimate import gpus_of
 
@@ -114,6 +115,8 @@ def torch(facts: Facts) -> Rung:
     gpus = bool(facts.cluster and facts.cluster.gpu_types()) or checks_machine.driver_version() is not None
     if not gpus:
         return Rung("torch", "done", f"{name}; no GPUs here")
+    if facts.slurm and profile.cluster_name() == shape.CLUSTER:
+        return Rung("torch", "done", f"{name}; the GPUs of the practice cluster are names only")
     return Rung("torch", "failed", f"{name} is for CPUs only, and there are GPUs here", "bash setup_env.sh")
 
 

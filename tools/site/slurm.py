@@ -42,7 +42,8 @@ class SlurmUnreachable(CommandError):
 
 @dataclass(frozen=True)
 class Answer:
-    """One command's end: exit status and texts. `rc` is -1 when it did not end in time."""
+    """One command's end: exit status and texts. `rc` is -1 when it did not end in time, and below 0 when a signal ended
+    it: of a busy controller that hangs up, commands die by SIGPIPE."""
 
     rc: int
     out: str
@@ -52,7 +53,7 @@ class Answer:
     def unreachable(self) -> bool:
         """Whether the controller did not answer, so that nothing is known about what was asked."""
         text = (self.err + self.out).lower()
-        return self.rc == -1 or (self.rc != 0 and any(word in text for word in UNREACHABLE))
+        return self.rc < 0 or (self.rc != 0 and any(word in text for word in UNREACHABLE))
 
 
 @dataclass(frozen=True)

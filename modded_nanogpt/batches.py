@@ -116,6 +116,10 @@ class TrainBatches:
         """Where the step after the last whole one begins, as JSON."""
         return {"step": self._next_step, **self.plan.position(self._next_step)}
 
+    def restart(self) -> None:
+        """Go on with step 0."""
+        self._next_step, self._ahead = 0, None
+
     def restore(self, state: dict[str, int]) -> str:
         """Go on after a checkpoint with that `state`; returns a line to log when the data is not what it was."""
         self._next_step, self._ahead = int(state["step"]), None

@@ -53,6 +53,11 @@ class State:
     progress: dict[str, Any] = field(default_factory=lambda: dict(NEW_PROGRESS))
     resumed: bool = False
 
+    def start_again(self) -> None:
+        """Nothing of the run before remains but its weights, which the next one replaces."""
+        self.optimizer.reset()
+        self.progress, self.resumed = dict(NEW_PROGRESS), False
+
 
 def lane_residual(
     model: SpeedrunModel, rows: Rows, sign_rows: Tensor | None, cu_seqlens: Tensor, longest: int,

@@ -14,8 +14,8 @@ All seeds are trained by one process after one compilation (`--runs`). `start-up
 from launch to the clock's start, with this node's compile caches as they are; `between` the time from one run's end to
 the next one's start. `first 25 steps` are seconds on the clock. That a run compiles after its start is an error.
 `--cold=true` first starts three times with folders of its own: `cold`, nothing compiled before; `another node`, only
-the archive that the first one packed; `same node`, the second one's folders, which the runs then use as well. Each is
-ended at its first step. A start that fails is named, and the others go on. Checkpoints go.
+the archive that the first one packed; `same node`, the second one's folders, which the runs then use as well. Each has
+one step of each kind. A start that fails is named, and the others go on. Checkpoints go.
 
 `--dataset` is a folder of shards; with one training shard the run begins it again when it is used up, as the record's
 did there.
@@ -98,35 +98,30 @@ def folders(disk: Path) -> dict[str, str]:
 
 
 def start_up(options: Options, variables: dict[str, str], archives: Path) -> tuple[float, list[str]]:
-    """(seconds from launch to the clock's start, what the log says of them). The run is ended at its first step."""
+    """(seconds from launch to the clock's start, what the log says of them). The run has one step of each kind."""
     folder = Path(options.out_dir).absolute() / "start-up"
-    command = [*command_of(options, 1, folder), f"--compile_cache={archives}"]
-    began, started = time.time(), False
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=errors
-        )
-        while process.poll() is None:
-            time.sleep(0.2)
-            metrics = folder / "metrics.jsonl"
-            if metrics.exists() and metrics.stat().st_mtime >= began and '"start"' in metrics.read_text():
-                started = True
-                end_run(options, process, folder)
-        if not started:
-            raise CommandError(f"failed: {what_it_said(errors)}")
+    command = [
+        *command_of(options, 1, folder),
+        f"--compile_cache={archives}",
+        "--steps=4",
+        "--extension_steps=1",
+    ]
+    began = time.time()
+    launch(command, variables)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     event = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     lines = (folder / "log.txt").read_text().rpartition("\nend of source\n")[2].splitlines()
     return event["time"] - began, [line for line in lines if line.startswith(("compile caches:", "warm-up"))]
 
 
-def end_run(options: Options, process: subprocess.Popen, folder: Path) -> None:
-    """End a run that has begun; one rank at once, without its checkpoint of several GB."""
-    if options.gpus == 1:
-        process.kill()
-    else:  # torchrun's ranks would outlive it
-        (folder / "stop").touch()
-    process.wait()
+def launch(command: list[str], variables: dict[str, str]) -> None:
+    """Run the trainer to its end. CommandError with its own words when it fails."""
+    with tempfile.TemporaryFile("w+") as errors:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=errors
+        )
+        if done.returncode:
+            raise CommandError(f"status {done.returncode}: {what_it_said(errors)}")
 
 
 def what_it_said(errors: IO[str]) -> str:
@@ -143,12 +138,7 @@ def run_all(options: Options, variables: dict[str, str]) -> list[dict[str, float
     folders = [place / f"seed-{seed}" for seed in range(FIRST_SEED, FIRST_SEED + options.seeds)]
     command = command_of(options, options.seeds, place if options.seeds > 1 else folders[0])
     began = time.time()
-    with tempfile.TemporaryFile("w+") as errors:
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=errors
-        )
-        if done.returncode:
-            raise CommandError(f"status {done.returncode}: {what_it_said(errors)}")
+    launch(command, variables)
     found, before = [], {"start-up": began}
     for folder in folders:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a GB or more that nobody goes on with

@@ -62,6 +62,7 @@ class Prepared(NamedTuple):
     batches: TrainBatches
     val_batches: ValBatches
     token_set: TokenSet
+    keep_caches: Callable[[], None]  # packs what was compiled for later jobs; takes seconds
 
 
 def prepare(run: RunDir, config: Config, ranks: Ranks, before: Prepared | None) -> Prepared:
@@ -85,9 +86,12 @@ def prepare(run: RunDir, config: Config, ranks: Ranks, before: Prepared | None) 
         run.say(line)
     if config.warmup:
         warm_up(config, state, ranks, batches, val_batches, run.say, ahead)
-        if caches and ranks.is_main:
+
+    def keep_caches() -> None:
+        if config.warmup and caches and ranks.is_main:
             caches.keep(graphs_key(config, needed))
-    return Prepared(state, batches, val_batches, token_set)
+
+    return Prepared(state, batches, val_batches, token_set, keep_caches)
 
 
 def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor") -> State:

@@ -160,6 +160,8 @@ def go_on(first: Path, runs: list[many_runs.Values]) -> int:
         with contextlib.closing(run):
             prepared = setup.prepare(run, config, ranks, prepared)
             status = train(run, config, resolve(config, ranks.world_size), ranks, prepared, stop)
+            if folder == first:
+                prepared.keep_caches()
     ranks.wait()  # for rank 0 to have saved: when one rank leaves with 75, torchrun ends the others
     stop.done()
     if runs and not status and ranks.is_main:
@@ -185,7 +187,7 @@ def train(
     from modded_nanogpt.clock import Clock, Messages
     from nanogpt.common import hardware, tracking
 
-    state, batches, val_batches, token_set = prepared
+    state, batches, val_batches, token_set, _ = prepared
     setup.start_or_resume(config, state, run, ranks, batches)
     flops, peak = report.flops_per_token(config), hardware.peak_flops(ranks.device)
     progress, clock, messages = state.progress, Clock(ranks, state.progress["train_ms"]), Messages(ranks)

@@ -47,6 +47,7 @@ def inspect(config: Config) -> tuple[Config, dict]:
     from modded_nanogpt.data_plan import check_validation, plan_data
     from modded_nanogpt.vocabulary import gpt2_tokens
     from nanogpt.common.shards import data_root, open_token_set, verify
+    from nanogpt.common.tokenizer import tokens_of
 
     plan = resolve(config, world_size_from_environment())
     _refuse_missing_gpu(config)
@@ -67,7 +68,12 @@ def inspect(config: Config) -> tuple[Config, dict]:
         print(plan.describe(config))
         print(data_plan.describe(token_set, config))
     config = dataclasses.replace(config, data_root=str(root))
-    return config, {"plan": dataclasses.asdict(plan), "data": token_set.fingerprint()}
+    details = {
+        "plan": dataclasses.asdict(plan),
+        "data": token_set.fingerprint(),
+        "tokens": tokens_of(token_set),
+    }
+    return config, details
 
 
 TRAINER = Trainer(

@@ -51,6 +51,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "after a run": {
         "plot": ("tools.plot", "the loss curves of one or more runs: a PNG, and drawn in the terminal"),
+        "sample": ("tools.sample", "a text from a run's model, whichever trainer made it"),
         "export": ("tools.export", "a run's weights as a GPT-2 that transformers loads"),
         "import": (
             "tools.import_checkpoint",

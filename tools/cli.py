@@ -78,6 +78,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "to learn and to prove": {
+        "selfcheck": (
+            "tools.selfcheck",
+            "`selfcheck speedrun`: five minutes on one GPU, beside public runs",
+        ),
         "drill": (
             "tools.launch.drill",
             "a two-minute job that preempts itself, resumes and compares the losses",

@@ -26,7 +26,14 @@ def trained(tmp_path_factory):
     text = np.tile(np.arange(len(CHARS), dtype=np.uint16), 4000)
     splits = {"train": text[:40_000], "val": text[-5000:]}
     small_sets.publish("letters", folder / "data", splits, "char", len(CHARS), CHARS)
-    run(folder / "data", folder / "run", "--dataset=letters", "--vocab_size=16", "--steps=12", "--data_passes=9")
+    run(
+        folder / "data",
+        folder / "run",
+        "--dataset=letters",
+        "--vocab_size=16",
+        "--steps=12",
+        "--data_passes=9",
+    )
     shutil.rmtree(folder / "data")
     return folder / "run"
 

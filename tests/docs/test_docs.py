@@ -402,6 +402,8 @@ PINNED = [  # (page, text there, file, text there)
     ("troubleshooting.md", "stopped by its file 'stop'", "slurm/lib/run.sh", "stopped by its file 'stop'"),
     ("troubleshooting.md", "warns after 60 days", "tools/site/checks_machine.py", "OLD_DAYS = 60"),
     ("troubleshooting.md", "needs root", "tools/practice/packages.py", "needs root"),
+    ("guide-1-baseline.md", "within 1e-5 of their size", "tests/test_ddp.py", "CLOSE = 1e-5"),
+    ("performance.md", "within 1e-5 of its size", "tests/test_ddp.py", "CLOSE = 1e-5"),
     ("guide-1-baseline.md", "out/nanogpt-gpt2", "nanogpt/config/train_gpt2.py", '"out/nanogpt-gpt2"'),
 ]
 

@@ -137,7 +137,11 @@ def _scope(nodeid: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a CI machine (CI is set) the SLURM tests must run."""
+    """What is printed at the end; and on a CI machine (CI is set) the SLURM tests must run."""
+    if not hasattr(config, "workerinput"):  # not in one of the processes of `pytest -n`
+        from tests.suite_cost import SuiteCost
+
+        config.pluginmanager.register(SuiteCost(), "suite-cost")
     if os.environ.get("CI"):
         config.pluginmanager.register(_SlurmGate(), "slurm-gate")
 

@@ -37,6 +37,7 @@ class GroupFinding:
     track1: OneSample | None
     track3: Track3 | None
     reached: list[Reached] = field(default_factory=list)
+    track3_step: int | None = None  # the first at which track 3's rule passes
     sentences: list[str] = field(default_factory=list)
 
 
@@ -54,6 +55,7 @@ class Comparison:
     time_refused: str = ""
     track3: Track3 | None = None
     pairs: int = 0
+    holm: float | None = None  # p of the loss, adjusted for all variants that were tested at once
     needed: int | None = None  # runs a side (or pairs) for `wanted`
     wanted: float | None = None
     visible: float | None = None  # the difference that this many runs see in 9 of 10 studies
@@ -85,9 +87,32 @@ def examine(group: Group, target: float | None = None) -> GroupFinding:
         if len(group.steps) == len(runs):
             found.track3 = statistics.track3(losses, group.steps, aim)
         curves = [run.metrics.val for run in runs if run.metrics]
+        if len(curves) == len(runs):
+            found.track3_step = statistics.first_track3_step([_by_step(curve) for curve in curves], aim)
         found.reached = [hit for hit in (first_at(curve, aim) for curve in curves) if hit]
     found.sentences = words.about_target(found)
     return found
+
+
+def _by_step(curve: Curve) -> dict[int, float]:
+    return dict(zip(map(int, curve.step), map(float, curve.loss), strict=True))
+
+
+def adjust(found: Sequence[Comparison]) -> None:
+    """Holm's p beside the raw one, where several variants were tested against their baselines at once."""
+    tested = [one for one in found if one.loss and one.loss.p is not None]
+    if len(tested) < 2:
+        return
+    for one, p in zip(tested, statistics.holm([one.loss.p for one in tested]), strict=True):
+        one.holm = p
+        one.sentences.append(
+            f"Of {len(tested)} variants tested at once; adjusted for that (Holm): {words.p_is(p)}."
+        )
+        if one.verdict == "helped" and p >= one.level:
+            one.cautions.append(
+                f"{one.variant.name}: among {len(tested)} variants tested at once its p is {words.p_value(p)} (Holm), "
+                f"not below {one.level:.2g}: repeat it with new seeds before you claim it"
+            )
 
 
 def same_seeds(group: Group) -> list[str]:

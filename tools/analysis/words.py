@@ -76,6 +76,8 @@ def about_target(found: "GroupFinding") -> list[str]:
             f"Track 3's rule (({found.target:g} - mean) * sqrt(n) >= {statistics.TRACK3_MARGIN:g}) {held}: "
             f"{three.value:.4f}."
         )
+        if found.track3_step is not None:
+            said.append(f"The first step at which it passes over all {n} seeds: {found.track3_step}.")
     stated = group.config.get("baseline_val_loss")
     if statistics.is_number(stated) and not group.is_baseline:
         against = statistics.track1(group.losses, float(stated))

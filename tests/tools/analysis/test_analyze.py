@@ -58,17 +58,26 @@ def test_the_numbers_are_those_of_the_summary(engaging: Callable, shelf: Path) -
     depth = next(one for one in found["groups"] if "depth" in one["name"])
     assert (depth["n_runs"], depth["successful_runs"], len(depth["reached_target"])) == (5, 4, 0)
     assert [one["verdict"] for one in found["comparisons"]] == ["unclear", "hurt", "helped"]
+    raw = {one["variant"]["name"]: one["loss"]["p"] for one in found["comparisons"]}
+    holm = {one["variant"]["name"]: one["holm"] for one in found["comparisons"]}
+    smallest = min(raw, key=raw.get)
+    assert holm[smallest] == pytest.approx(3 * raw[smallest]) and all(holm[name] >= raw[name] for name in raw)
+    assert palm["track3_step"] == 400 and depth["track3_step"] is None
 
 
 def test_every_picture_is_written_whole(engaging: Callable, shelf: Path, tmp_path: Path) -> None:
     done = engaging("analyze", shelf, f"--out={tmp_path / 'new' / 'pictures'}")
-    assert done.out.endswith(f"written: 12 pictures in {tmp_path / 'new' / 'pictures'}\n")
+    assert done.out.endswith(f"written: 18 pictures in {tmp_path / 'new' / 'pictures'}\n")
     files = sorted(path.name for path in (tmp_path / "new" / "pictures").iterdir())
-    assert files == sorted(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg"))
+    assert files == sorted(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg", "pdf"))
     for path in (tmp_path / "new" / "pictures").iterdir():
         data = path.read_bytes()
         if path.suffix == ".png":
             assert data.startswith(b"\x89PNG\r\n\x1a\n") and struct.unpack(">I", data[16:20])[0] == 1012
+        elif path.suffix == ".pdf":
+            assert (
+                data.startswith(b"%PDF") and data.rstrip().endswith(b"%%EOF") and b"CreationDate" not in data
+            )
         else:
             assert ElementTree.fromstring(data).tag.endswith("svg") and b"<script" not in data
 
@@ -185,3 +194,15 @@ def test_help_is_quick_and_needs_no_matplotlib() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "stop early" in done.stdout or "stopping early" in done.stdout
+
+
+def test_a_gain_that_does_not_outlast_the_other_tests_is_said(tmp_path: Path) -> None:
+    study_kit.write_experiment(tmp_path, "baseline", [3.2801, 3.2814, 3.2795, 3.2822, 3.2808])
+    for number in range(4):
+        study_kit.write_experiment(
+            tmp_path, f"idea_{number}", [3.2780 + number / 1000 + d for d in (0, 1e-3, 2e-3, 5e-4)]
+        )
+    found = analyze.analyze(load([tmp_path]))
+    first = found.against(next(group for group in found.study.groups if group.name == "idea_0"))
+    assert first.verdict == "helped" and first.loss.p < 0.01 < first.holm
+    assert any("among 4 variants tested at once" in remark for remark in analyze.remarks(found))

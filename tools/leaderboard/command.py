@@ -5,6 +5,8 @@
     engaging leaderboard verify BOARD                              # every record, from its evidence
     engaging leaderboard verify log-1.txt log-2.txt                # modded-nanogpt's own logs, as one submission
     engaging leaderboard build BOARD                               # BOARD/site/index.html, opens from the disk
+    engaging leaderboard init BOARD --title "Our lab"              # a new one: the group writes, only owners delete
+    engaging leaderboard retract BOARD ID --reason TEXT            # or correct ... --description TEXT
     engaging leaderboard fetch BOARD ID FOLDER                     # a record's evidence, to run it again
     engaging leaderboard track BOARD out/start --name=tiny --title="Tiny, CPU" --target=3.9
 
@@ -27,7 +29,7 @@ from tools.runs import printable
 
 EXIT_REFUSED = 1
 MEDIUM_BELOW = 3.1  # a log of the speedrun that ends below it is of the medium track
-COMMANDS = ("submit", "verify", "build", "fetch", "track")
+COMMANDS = ("init", "submit", "verify", "build", "fetch", "retract", "correct", "track")
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +43,52 @@ def main(argv: list[str]) -> int:
             f"engaging leaderboard {printable(name)[:40]}: no such command{nearest(name, COMMANDS)} "
             f"(there are {', '.join(COMMANDS)})"
         )
-    return {"submit": submit, "verify": verify, "build": build, "fetch": fetch, "track": track}[name](rest)
+    doors = {"init": init, "submit": submit, "verify": verify, "build": build, "fetch": fetch, "track": track}
+    doors |= {"retract": retract, "correct": correct}
+    return doors[name](rest)
+
+
+def init(argv: list[str]) -> int:
+    """A new board for a group."""
+    parser = Parser("leaderboard init", "Make a board: the group reads and writes it, only owners delete.")
+    parser.add_argument("board", type=Path, help="a new folder")
+    parser.add_argument("--title", default="Leaderboard", help="one line")
+    args = parser.read(argv)
+    from tools.leaderboard import corrections
+
+    folder = corrections.init(args.board, args.title)
+    print(f"{folder}: an empty board")
+    print(f"next: engaging leaderboard submit {shlex.quote(str(folder))} RUN... --description TEXT")
+    return 0
+
+
+def retract(argv: list[str]) -> int:
+    """Withdraw a record: it stays, and is shown as withdrawn."""
+    return _amend("retract", "Withdraw a record of yours, or of the board that you manage.", argv)
+
+
+def correct(argv: list[str]) -> int:
+    """Give a record another description."""
+    return _amend(
+        "correct", "Correct the description of a record of yours, or of the board that you manage.", argv
+    )
+
+
+def _amend(name: str, what: str, argv: list[str]) -> int:
+    parser = Parser(f"leaderboard {name}", what)
+    parser.add_argument("board", type=Path, help="the board's folder")
+    parser.add_argument("id", type=name_of("ID"), help="the record")
+    parser.add_argument("--reason", required=True, help="one line, which the page shows")
+    if name == "correct":
+        parser.add_argument("--description", required=True, help="what was changed, in one line")
+    args = parser.read(argv)
+    from tools.leaderboard import corrections
+    from tools.leaderboard.board import open_board
+
+    board = open_board(args.board)
+    path = corrections.write(board, args.id, args.reason, getattr(args, "description", ""))
+    print(f"written: {path}\nnext: engaging leaderboard build {shlex.quote(str(args.board))}")
+    return 0
 
 
 def submit(argv: list[str]) -> int:

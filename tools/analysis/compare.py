@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of words")
     args = parser.read(argv)
     baseline, variant = (one_group(path) for path in (args.baseline, args.variant))
+    _refuse_trials(baseline, variant)
     if baseline.path.resolve() == variant.path.resolve() and baseline.name == variant.name:
         raise UserError(f"{args.variant}: is the baseline itself; name two different ones")
     found = findings.compare(baseline, variant, looks=args.looks, wanted=args.want, pairing=args.pairing)
@@ -55,6 +56,18 @@ def main(argv: list[str]) -> int:
     else:
         print("\n".join([*changes.text(changed), "", *text(found)]))
     return 0
+
+
+def _refuse_trials(*groups: Group) -> None:
+    """UserError for a sweep's trial: the seeds that have chosen it cannot prove it."""
+    from tools.experiments.sweep import trial_of
+
+    for group in groups:
+        if name := trial_of(group.path):
+            raise UserError(
+                f"{group.name}: a trial of the sweep {name}: its seeds have chosen it, so they prove nothing; "
+                f"engaging experiment sweep {name} --final trains the best of each arm on others"
+            )
 
 
 def one_group(path: Path) -> Group:

@@ -5,6 +5,7 @@
     engaging experiment status STUDY      what is finished, failed, running, queued (and why), missing
     engaging experiment resume STUDY      start what is missing, and nothing else
     engaging experiment promote STUDY     A -> B -> C by written rules; --run starts the next stage
+    engaging experiment sweep STUDY       tune every arm with the same number of trials, compare on fresh seeds
 
 STUDY: the name given to run --study, an experiment (its folder, or its name for the newest), or configurations.
 Each has its own --help. The guide is docs/guide-3-experiments.md.
@@ -21,6 +22,7 @@ COMMANDS = {
     "status": "tools.experiments.status:status",
     "resume": "tools.experiments.status:resume",
     "promote": "tools.experiments.advance:main",
+    "sweep": "tools.experiments.sweep:main",
 }
 
 

@@ -16,6 +16,11 @@ from tools.analysis.curves import Curve
 from tools.analysis.records import Group, Run
 from tools.analysis.statistics import ALPHA, Difference, OneSample, Track3
 
+NOT_IN_TURN = (
+    "the runs did not take turns on one machine: a small difference in time may be the machine's; run them "
+    "interleaved before you publish it"
+)
+
 
 @dataclass(frozen=True)
 class Reached:
@@ -271,10 +276,7 @@ def _cautions(found: Comparison) -> list[str]:
     if baseline.stage and variant.stage and baseline.stage != variant.stage:
         said.append(f"different stages: {baseline.stage} and {variant.stage}")
     if found.time and not found.pairs:
-        said.append(
-            "the runs did not take turns on one machine: a small difference in time may be the machine's; run them "
-            "interleaved before you publish it"
-        )
+        said.append(NOT_IN_TURN)
     return said
 
 

@@ -192,6 +192,7 @@ def _verdict(home: Path) -> int:
     for side, group in zip(SIDES, groups, strict=True):
         group.name = side
     found = findings.compare(*groups, pairing="none")
+    found.cautions = [caution for caution in found.cautions if caution != findings.NOT_IN_TURN]  # they did
     print("\n" + "\n".join([*changes.text(changes.find(*groups)), "", *compare.text(found)]))
     broke = [row for row in records.read_lines(home / "ledger.jsonl") if row.get("exit")]
     if broke:

@@ -36,6 +36,7 @@ def ledger(root, name):
 def test_two_refs_in_turn_and_more_runs_later(repository):
     done = kit.engaging(repository, "ab", "main", "better", "--runs", 2, *STEPS)
     assert "B against A: It helped." in done.stdout and "Welch, 2 and 2 runs" in " ".join(done.stdout.split())
+    assert "did not take turns" not in done.stdout
     rows = ledger(repository, "main-better")
     assert [(row["side"], row["seed"], row["exit"]) for row in rows] == [
         ("A", 42, 0),

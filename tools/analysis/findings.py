@@ -87,7 +87,7 @@ def examine(group: Group, target: float | None = None) -> GroupFinding:
     found = GroupFinding(
         group, aim, statistics.describe(losses), statistics.describe(group.seconds), None, None
     )
-    if losses:
+    if losses and not repeated(group):
         found.track1 = statistics.track1(losses, aim)
         if len(group.steps) == len(runs):
             found.track3 = statistics.track3(losses, group.steps, aim)
@@ -118,6 +118,25 @@ def adjust(found: Sequence[Comparison]) -> None:
                 f"{one.variant.name}: among {len(tested)} variants tested at once its p is {words.p_value(p)} (Holm), "
                 f"not below {one.level:.2g}: repeat it with new seeds before you claim it"
             )
+
+
+def repeated(group: Group) -> str:
+    """Which runs are others once more, in words, or "": listed again they would make any difference significant.
+
+    Some losses of four digits are equal by chance; half of them, or equal whole curves, are not.
+    """
+    by_loss: dict[float, list[Run]] = {}
+    for run in group.counted:
+        by_loss.setdefault(run.val_loss, []).append(run)
+    again = [runs for runs in by_loss.values() if len(runs) > 1]
+    if len(group.counted) >= 4 and 2 * len(by_loss) <= len(group.counted):
+        names = "; ".join(" = ".join(run.name for run in runs[:4]) for runs in again[:3])
+        return f"{len(group.counted)} runs have only {len(by_loss)} different losses ({names})"
+    for runs in again:
+        curves = [_by_step(run.metrics.val) for run in runs if run.metrics and len(run.metrics.val) > 2]
+        if len(curves) > 1 and any(one == curves[0] for one in curves[1:]):
+            return f"{' and '.join(run.name for run in runs[:4])} have the same losses at every validation"
+    return ""
 
 
 def same_seeds(group: Group) -> list[str]:
@@ -176,6 +195,9 @@ def _no_runs(*groups: Group) -> str:
 def _loss_obstacle(baseline: Group, variant: Group) -> str:
     if reason := _no_runs(baseline, variant):
         return reason
+    for group in (baseline, variant):
+        if again := repeated(group):
+            return f"{group.name}: {again}: runs that are one run count once"
     data = {run.data for group in (baseline, variant) for run in group.counted if run.data}
     if len(data) > 1:
         return "the runs were made on different data sets (config.json: data), so their losses mean different things"

@@ -50,6 +50,10 @@ def about_target(found: "GroupFinding") -> list[str]:
     if not group.losses:
         return ["No run counts."]
     one = found.track1
+    if one is None:
+        from tools.analysis.findings import repeated
+
+        return [f"No test: {repeated(group)}: runs that are one run count once. Did the seeds take effect?"]
     n, mean = len(group.losses), found.loss["mean"]
     side = "below" if mean < found.target else "not below"
     if n == 1:

@@ -12,7 +12,7 @@ import pytest
 import study_kit
 
 from nanogpt.common.errors import UserError
-from tools.analysis import analyze, bands, pictures, plots
+from tools.analysis import analyze, bands, pictures, plots, statistics
 from tools.analysis.load import load
 
 PICTURES = [
@@ -206,3 +206,48 @@ def test_a_gain_that_does_not_outlast_the_other_tests_is_said(tmp_path: Path) ->
     first = found.against(next(group for group in found.study.groups if group.name == "idea_0"))
     assert first.verdict == "helped" and first.loss.p < 0.01 < first.holm
     assert any("among 4 variants tested at once" in remark for remark in analyze.remarks(found))
+
+
+def test_runs_listed_again_are_no_evidence(tmp_path: Path) -> None:
+    # three losses listed four times: the t-test's p would fall from 0.066 to 0.00006
+    study_kit.write_experiment(tmp_path, "again", [3.2792, 3.2761, 3.2780] * 4)
+    study_kit.write_experiment(tmp_path, "nanogpt_baseline", [3.2801, 3.2814, 3.2795, 3.2822])
+    found = analyze.analyze(load([tmp_path]))
+    one = next(one for one in found.groups if one.group.name == "again")
+    assert one.track1 is None and one.sentences[0].startswith(
+        "No test: 12 runs have only 3 different losses (run 0 = run 3"
+    )
+    assert (
+        found.against(one.group).verdict == "refused"
+        and "count once" in found.against(one.group).loss_refused
+    )
+    study_kit.write_experiment(tmp_path / "b", "same", [3.2785] * 4)
+    (same,) = analyze.analyze(load([tmp_path / "b"])).groups
+    assert same.track1 is None and "4 runs have only 1 different losses" in same.sentences[0]
+
+
+def test_one_equal_loss_of_many_is_chance_and_an_equal_curve_is_not(tmp_path: Path) -> None:
+    folder = study_kit.write_experiment(tmp_path, "chance", [3.2792, 3.2761, 3.2780, 3.2792, 3.2770])
+    (one,) = analyze.analyze(load([tmp_path])).groups
+    assert one.track1.p is not None
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    copied = [row for row in rows if row["run_id"] != 3] + [
+        {**row, "run_id": 3} for row in rows if row["run_id"] == 0
+    ]
+    study_kit.lines(folder / "metrics.jsonl", copied)
+    (one,) = analyze.analyze(load([tmp_path])).groups
+    assert (
+        one.track1 is None and "run 0 and run 3 have the same losses at every validation" in one.sentences[0]
+    )
+
+
+def test_the_known_case_of_the_two_rules() -> None:
+    losses = [3.2791, 3.2778, 3.2787, 3.2784]
+    one, three = statistics.track1(losses), statistics.track3(losses, [1] * 4)
+    assert (round(one.mean, 4), round(one.sd, 6), round(one.p, 6), one.passed) == (
+        3.2785,
+        0.000548,
+        0.005983,
+        True,
+    )
+    assert round(three.value, 4) == 0.003 and not three.passed

@@ -6,6 +6,7 @@ content policy in the page forbids scripts besides.
 
 import datetime
 import difflib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ from tools.leaderboard.tracks import Track
 from tools.leaderboard.verify import Verdict
 
 MARK = ".engaging-board-site"  # in a folder that `build` has made, and may write to again
+HISTORY = Path(__file__).parents[1] / "analysis" / "record_history.json"
 MOST_POINTS, MOST_CHANGES = 400, 40
 LIMITS = (
     "Whether the runs shown are all that were made. Somebody who trains forty seeds and hands in the best ten passes "
@@ -113,6 +115,7 @@ def build_site(board: Board, out: Path) -> tuple[int, list[tuple[str, str]]]:
         "tracks": list(_tracks(shown)),
         "withdrawn": withdrawn,
     }
+    listed["history"] = _history()
     atomic_write_text(out / "index.html", index.render({**common, **listed}))
     atomic_write_text(out / "records.csv", _csv(rows))
     known = {f"{row.id}.html" for row in rows}
@@ -323,6 +326,22 @@ def _tracks(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
                 for hardware, tab in sorted(tabs.items(), key=lambda pair: (-len(pair[1]), pair[0]))
             ],
         }  # fmt: skip
+
+
+def _history() -> dict[str, Any]:
+    """The speedrun's public record as the example of a curve: two years of it, with its source."""
+    found = json.loads(HISTORY.read_text(encoding="utf-8"))
+    points = [
+        (
+            datetime.datetime.fromisoformat(row["date"]).replace(tzinfo=datetime.UTC), float(row["minutes"]),
+            f"record {row['record']}, {row['what']}", True,
+        )
+        for row in found["records"]
+    ]  # fmt: skip
+    return {
+        **{key: found[key] for key in ("what", "source", "note")},
+        "chart": charts.record_curve(points, "minutes"),
+    }
 
 
 def _rule(track: Track) -> str:

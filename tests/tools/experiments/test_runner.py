@@ -116,6 +116,9 @@ def test_more_seeds_are_added_and_none_is_repeated(clone, tmp_path):
     (folder,) = kit.experiments(clone, "more")
     kit.engaging(clone, "resume", "more", "--n-runs", 3)
     assert seeds(folder) == [(0, 42, True), (1, 43, True), (2, 44, True)]
+    assert "2 runs were added to the 1 that were planned first" in " ".join(
+        kit.tools(clone, "analyze", "more", "--no-plots").split()
+    )
     fewer = kit.engaging(clone, "resume", "more", "--n-runs", 2, check=False)
     assert fewer.returncode == 2 and "never taken away" in fewer.stderr
 

@@ -15,7 +15,7 @@ FEW = ("--runs=2", "--steps=4", "--extension_steps=1", "--target_loss=9")
 
 def test_a_later_run_of_a_process_is_what_it_is_alone(data, tmp_path, monkeypatch, capsys):  # noqa: F811
     out = tmp_path / "several"
-    said, _ = run(data, out, *FEW)
+    said = run(data, out, *FEW)
     first, second = out / "seed-1337", out / "seed-1338"
     assert "2 runs: val loss " in said and "p = " in said and "a mean below it" in said
     for folder in (first, second):
@@ -32,7 +32,7 @@ def test_a_later_run_of_a_process_is_what_it_is_alone(data, tmp_path, monkeypatc
 
     together = losses(second), records(second, "end")[0]["val_loss"]
     shutil.rmtree(second)
-    said, _ = run(data, out, *FEW)  # the same command trains what is missing, alone
+    said = run(data, out, *FEW)  # the same command trains what is missing, alone
     assert (losses(second), records(second, "end")[0]["val_loss"]) == together
     assert "2 runs: val loss " in said and len(records(first, "end")) == 1
 

@@ -133,12 +133,7 @@ class TrainBatches:
         stage = self.stages[self._stage_of[step]]
         lane, size = self.layout.lane(micro_step, self.rank), stage.batch_tokens // self.layout.lanes
         index = int(self.plan.shard[step])
-        first, after = self.plan.first[step, lane : lane + 2]
-        documents = self.plan.documents[index]
-        starts = documents.starts[first:after]
-        ends = np.append(documents.starts[first + 1 : after + 1], documents.num_tokens)[: len(starts)]
-        lengths = np.minimum(ends - starts, stage.max_document)
-        lengths[-1] -= lengths.sum() - (size + 1)
+        starts, lengths = self.plan.pieces(step, lane, size, stage.max_document)
         tokens = self._tokens(index)
         classes = schedule.sampled_classes(self.config, step)
         pieces = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]

@@ -44,7 +44,7 @@ SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory
 
 def inspect(config: Config) -> tuple[Config, dict]:
     """Check what needs no GPU: the plan and the data. Prints the plan when that is all the user wants."""
-    from modded_nanogpt.data_plan import check_validation, plan_data
+    from modded_nanogpt.data_plan import check_targets, check_validation, plan_data
     from modded_nanogpt.vocabulary import gpt2_tokens
     from nanogpt.common.shards import data_root, open_token_set, verify
     from nanogpt.common.tokenizer import tokens_of
@@ -54,6 +54,7 @@ def inspect(config: Config) -> tuple[Config, dict]:
     root = data_root(config.data_root)
     token_set = open_token_set(config.dataset, root)
     data_plan = plan_data(token_set, config)
+    check_targets(data_plan, token_set, config)
     check_validation(token_set, config)
     for name in ("prefix", "canonical"):
         if getattr(config, name) and token_set.tokenizer == "char":

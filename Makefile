@@ -1,6 +1,10 @@
 # Every target sets up what it needs and works from any folder: make -C <clone> <target>. ARGS= passes flags on.
 SHELL := /bin/bash
-export ENV_PATH ?= $(HOME)/conda_envs/nanogpt_env
+ifeq ($(ENV_PATH),)
+ENV_PATH := $(shell . slurm/lib/settings.sh && engaging_setting env_path)
+endif
+ENV_PATH := $(or $(ENV_PATH),$(HOME)/conda_envs/nanogpt_env)
+export ENV_PATH
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME
 NGPUS ?= 8

@@ -18,7 +18,8 @@ _engaging_activate() {
         echo "note: CONDA_SH: $conda_sh: no such file; the environment works without"
         conda_sh=""
     fi
-    env_path=${ENV_PATH:-$HOME/conda_envs/nanogpt_env}
+    env_path=${ENV_PATH:-$(_engaging_place)}
+    env_path=${env_path:-$HOME/conda_envs/nanogpt_env}
     env_path=${env_path%/}
     case $env_path in
         /*) ;;
@@ -67,6 +68,11 @@ _engaging_activate() {
     echo "$env_path is active: $(python --version)"
 }
 
+_engaging_place() { # that `engaging config set env_path` remembers; nothing else of this stays in your shell
+    # shellcheck source=slurm/lib/settings.sh
+    if [ -r "$_engaging_lib/settings.sh" ]; then . "$_engaging_lib/settings.sh" && engaging_setting env_path; fi
+}
+
 _engaging_on_path() { # in front: an environment of an earlier version has an `engaging` of its own
     if [ "$(command -v engaging)" != "$_engaging_bin/engaging" ] && [ -x "$_engaging_bin/engaging" ]; then
         PATH=$_engaging_bin:$PATH
@@ -99,6 +105,7 @@ if [ "$_engaging_sourced" = no ]; then
 fi
 _engaging_root=$(CDPATH='' cd -- "$(dirname -- "$_engaging_file")" && pwd -P)
 _engaging_bin=$_engaging_root/tools/bin
+_engaging_lib=$_engaging_root/slurm/lib
 # The function sbatch, for bash and zsh: the guides' lines work as they are printed.
 # shellcheck source=slurm/lib/sbatch.sh
 if [ -n "${BASH_VERSION:-}${ZSH_VERSION:-}" ] && [ -r "$_engaging_root/slurm/lib/sbatch.sh" ]; then

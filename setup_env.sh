@@ -111,7 +111,10 @@ parse_options() {
 locate() {
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
     [ -n "${HOME:-}" ] || die "HOME: not set; set it, or name the environment's place in ENV_PATH"
-    env_path=${ENV_PATH:-$HOME/conda_envs/nanogpt_env}
+    # shellcheck source=slurm/lib/settings.sh
+    . "$root/slurm/lib/settings.sh"
+    env_path=${ENV_PATH:-$(engaging_setting env_path)}
+    env_path=${env_path:-$HOME/conda_envs/nanogpt_env}
     case $env_path in
         /*) ;;
         *) env_path=$PWD/$env_path ;;

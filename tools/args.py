@@ -87,6 +87,38 @@ def minutes(flag: str) -> typing.Callable[[str], int]:
     return check
 
 
+def memory(text: str) -> str:
+    """A type for amounts of memory as SLURM writes them."""
+    from tools.site.slurm import memory_mb
+
+    if not memory_mb(text):
+        raise UserError(f"--mem={text[:40]!r}: expected an amount such as 64G or 500000M")
+    return text
+
+
+def add_request(parser: Parser, without: tuple[str, ...] = (), **helps: str) -> None:
+    """What a job asks for, as options: the same for every command that plans, starts or queues one.
+
+    `without`: names that this command does not take. `helps`: other words for an option's help, by its name.
+    """
+    for name, kind, default, text in (
+        ("gpus", whole("--gpus", 0, 1024), 1, "GPUs on each node (default 1)"),
+        ("gpu-type", name_of("--gpu-type"), None, "h200, h100, l40s ...; default: what starts first"),
+        ("time", minutes("--time"), None, "time limit of one job: 6h, 90m, 2-00:00:00"),
+        ("nodes", whole("--nodes", 1, 1024), 1, "nodes (default 1)"),
+        ("cpus", whole("--cpus", 1, 4096), None, "CPUs on each node; default: the site's figure"),
+        ("mem", memory, None, "memory on each node, such as 64G; default: the site's figure"),
+        ("partition", list_of_names("--partition"), None, "default: the one that starts first"),
+        ("account", name_of("--account"), None, "whom SLURM charges"),
+        ("qos", name_of("--qos"), None, "name it together with --account"),
+        ("reservation", name_of("--reservation"), None, "a reservation of yours"),
+    ):
+        if name not in without:
+            parser.add_argument(
+                f"--{name}", type=kind, default=default, help=helps.get(name.replace("-", "_"), text)
+            )
+
+
 def parse_minutes(text: str) -> int | None:
     """A duration as minutes, rounded up; None for UNLIMITED, empty or unreadable text.
 

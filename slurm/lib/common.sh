@@ -9,6 +9,8 @@ fi
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 readonly ROOT
+# shellcheck source-path=SCRIPTDIR source=settings.sh
+. "$ROOT/slurm/lib/settings.sh"
 readonly EXIT_USAGE=2
 # shellcheck disable=SC2034  # for run.sh
 readonly EXIT_INTERRUPTED=75
@@ -158,9 +160,10 @@ submit_command() { # the line that would have worked
 
 # ---- the environment ------------------------------------------------------------------------------------------
 
-environment_folder() { # ENV_PATH, else the default place, else the environment that is active
-    local folder=${ENV_PATH:-$HOME/conda_envs/nanogpt_env} active
-    if [ -z "${ENV_PATH:-}" ] && [ ! -x "$folder/bin/python" ]; then
+environment_folder() { # ENV_PATH, else the setting's, else the default place, else the environment that is active
+    local named=${ENV_PATH:-$(engaging_setting env_path)} folder active
+    folder=${named:-$HOME/conda_envs/nanogpt_env}
+    if [ -z "$named" ] && [ ! -x "$folder/bin/python" ]; then
         for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
             if [ -n "$active" ] && [ -x "$active/bin/python" ]; then folder=$active; fi
         done
@@ -209,7 +212,10 @@ set_threads() { # RANKS: the node's CPUs shared by its ranks; OMP_NUM_THREADS co
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus / $1 > 0 ? cpus / $1 : 1))}
 }
 
-data_root() { echo "${DATA_ROOT:-$ROOT/data}"; }
+data_root() { # DATA_ROOT, else the setting's, else the clone's own
+    local place=${DATA_ROOT:-$(engaging_setting data_root)}
+    echo "${place:-$ROOT/data}"
+}
 
 begin_job() { # what every script does first when it runs: the right folder, settings, environment
     check_settings

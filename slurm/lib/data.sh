@@ -6,6 +6,12 @@ has_tokens() { # PLACE SET PATTERN: a set of that data root, or a folder of its 
     compgen -G "$1/$2/$3" >/dev/null || compgen -G "$2/$3" >/dev/null
 }
 
+has_begun() { # RUN: it has a checkpoint, so these tokens are what it trains on
+    local run=$1
+    if [[ $run != /* ]]; then run=$ROOT/$run; fi
+    compgen -G "$run/checkpoints/step_*" >/dev/null
+}
+
 preparing() { # SCRIPT: the number of one's own job that runs it or waits; nothing for none
     squeue --me -h --name="$(header_value "$ROOT/$1" job-name)" -o %A 2>/dev/null | head -n 1 || :
 }
@@ -21,6 +27,7 @@ need_data() { # SET SCRIPT WORDS...: the trainer's words name the set and its pl
     first="" behind=""
     announce_job
     if has_tokens "$place" "${wanted:-$set}" manifest.json; then return 0; fi # written when all is there
+    if has_begun "$(flag_of out_dir "$@")" && has_tokens "$place" "${wanted:-$set}" '*train*.bin'; then return 0; fi
     job=""
     if [ "${LOCAL:-0}" != 1 ] && [ "${wanted:-$set}" = "$set" ]; then job=$(preparing "$script"); fi
     if [ -n "$job" ]; then

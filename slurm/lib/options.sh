@@ -165,13 +165,23 @@ split_words() { # WORDS...: what follows the script's name: sets typed (sbatch's
     words=("$@")
 }
 
+own_setting() { # OPTION SCRIPT: what `engaging config` says; its partition is for what uses GPUs
+    case $1 in
+        account | qos) engaging_setting "$1" ;;
+        partition) if [ -n "$(header_value "$2" gres)" ]; then engaging_setting "$1"; fi ;;
+    esac
+}
+
 adopt_options() { # SCRIPT: what sbatch's options and variables say about size and place counts as settings do
     local name option variable value type gpus nodes=1
     for name in PARTITION:partition:SBATCH_PARTITION TIME:time:SBATCH_TIMELIMIT ACCOUNT:account:SBATCH_ACCOUNT \
         QOS:qos:SBATCH_QOS NODES:nodes:; do
         IFS=: read -r name option variable <<<"$name"
         value=$(said "$option")
-        if [ -z "$value" ] && [ -z "${!name:-}" ] && [ -n "$variable" ]; then value=${!variable:-}; fi
+        if [ -z "$value" ] && [ -z "${!name:-}" ] && [ -n "$variable" ]; then
+            value=${!variable:-}
+            if [ -z "$value" ]; then value=$(own_setting "$option" "$1"); fi
+        fi
         if [ -n "$value" ]; then printf -v "$name" '%s' "$value"; fi
         drop "$option"
     done

@@ -97,7 +97,7 @@ submit_as_typed() { # sbatch itself, its answer as it gives it, and then the one
     answer=$(sbatch ${typed[@]+"${typed[@]}"} "$script" ${after[@]+"${after[@]}"}) || status=$?
     if [ -n "$answer" ]; then printf '%s\n' "$answer"; fi
     if [ "$status" -ne 0 ]; then exit "$status"; fi
-    job=$(sed -n 's/^\(Submitted batch job \)\{0,1\}\([0-9][0-9]*\)\(;.*\| on .*\)\{0,1\}$/\2/p' <<<"$answer" | tail -n 1)
+    job=$(job_number "$answer")
     if [ -z "$job" ]; then return 0; fi
     if [ -z "$never" ]; then ask_slurm "$job"; fi
     if [ -n "$never" ]; then
@@ -106,7 +106,7 @@ submit_as_typed() { # sbatch itself, its answer as it gives it, and then the one
 }
 
 main() {
-    local name
+    local name variable value
     parse_line "$@"
     if [ -n "$(said wrap)" ] || ! is_ours; then exec sbatch "$@"; fi
     if grep -q $'\r' "$script"; then die "$script: has Windows line ends; sed -i 's/\\r\$//' $(printf '%q' "$script")"; fi
@@ -122,6 +122,11 @@ main() {
     nodes=${nodes:-$(header_value "$script" nodes)}
     nodes=${nodes%%-*}
     is_number "$nodes" || nodes=1
+    for name in account:SBATCH_ACCOUNT qos:SBATCH_QOS; do
+        variable=${name#*:} name=${name%:*}
+        if [ -z "$(said "$name")${!variable:-}" ]; then value=$(engaging_setting "$name"); else value=""; fi
+        if [ -n "$value" ]; then typed+=("--$name=$value"); fi
+    done
     warn_about_account "$(said account)" "$(said qos)"
     gpus="" never="" QOS=$(said qos)
     if [ -n "$(header_value "$script" gres)" ] && fill_gpus; then

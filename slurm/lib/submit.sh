@@ -11,7 +11,7 @@ done
 plan_job() { # SCRIPT: sets options (sbatch's), from the script's header, the settings and the cluster
     local script=$1 header_gres kind=cpu type="" gpus=0 nodes=${NODES:-} partition="" asked wanted name reason
     local reasons="" row header_partition most
-    ask_cluster || die "sinfo: SLURM does not answer; try again in a few minutes"
+    ask_cluster || die "sinfo: $(why_silent)"
     # shellcheck disable=SC2034  # for cluster.sh
     site=$(site_file) || exit 2
     header_gres=$(header_value "$script" gres)
@@ -50,6 +50,15 @@ plan_job() { # SCRIPT: sets options (sbatch's), from the script's header, the se
     fi
     if [ -n "${ACCOUNT:-}" ]; then options+=("--account=$ACCOUNT"); fi
     if [ -n "${QOS:-}" ]; then options+=("--qos=$QOS"); fi
+}
+
+why_silent() { # what to do where the cluster says nothing
+    if [[ $(timeout 20 sinfo -h 2>&1 || :) == *"configuration source"* ]]; then
+        echo "SLURM's commands are here, but no cluster is configured (no slurm.conf, no SLURM_CONF); log in to a" \
+            "cluster's login node, or run it on this machine: LOCAL=1 bash ..."
+    else
+        echo "SLURM does not answer; try again in a few minutes"
+    fi
 }
 
 size_gpu_job() { # TYPE GPUS "gpus cpus memory nodes" SCRIPT: CPUs and memory by the GPU, never more than its share
@@ -110,7 +119,11 @@ show_command() { # the words, quoted as a shell takes them
     printf '\n'
 }
 
-ask_sbatch() { # WORDS...: submits, prints the job's number
+job_number() { # ANSWER: the job's number in what sbatch has printed; a site's greeting there may hold numbers, too
+    sed -n 's/^\(Submitted batch job \)\{0,1\}\([0-9][0-9]*\)\(;[^ ]*\| on .*\)\{0,1\}$/\2/p' <<<"$1" | tail -n 1
+}
+
+ask_sbatch() { # WORDS...: submits, prints sbatch's answer
     # The request was checked: a GPU that SLURM does not know now is on a node that has not reported yet to a
     # controller that has just started.
     local errors tries=0
@@ -135,7 +148,8 @@ submit() { # SCRIPT [ARGS...]: prints the line and submits (DRY_RUN=1: only prin
     if [ "${DRY_RUN:-0}" = 1 ]; then return; fi
     job=$(ask_sbatch "${options[@]}" "${script#"$ROOT"/}" "$@") ||
         die "sbatch refused it (above); engaging plan shows what this cluster takes"
-    job=${job%%;*}
+    job=$(job_number "$job")
+    [ -n "$job" ] || die "sbatch: no job's number in its answer; squeue --me shows whether it took the job"
     say "submitted job $job; its log: logs/$(header_value "$script" job-name)-$job.out;" \
         "why it waits: engaging why $job"
 }

@@ -33,9 +33,9 @@ if [ "${trainer%.py}" != "$trainer" ]; then file=$trainer; fi
 case $file in /*) ;; *) file=$ROOT/$file ;; esac
 [ -f "$file" ] || die "$trainer: this checkout has no such trainer yet; update it: git pull"
 
-need_data fineweb10B slurm/modded/prepare_fineweb.sh "$@"
+out=$(run_of "speedrun-${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-local}}")
+need_data fineweb10B slurm/modded/prepare_fineweb.sh --out_dir="$out" "$@"
 submit_unless_in_job "${BASH_SOURCE[0]}" "$@"
 if [ "${1:-}" = -- ]; then shift; fi
 begin_job
-out=$(run_of "speedrun-${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-local}}")
 exec bash slurm/lib/run.sh "$trainer" --out_dir="$out" --auto_resume=true "$@"

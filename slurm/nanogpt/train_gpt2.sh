@@ -30,9 +30,9 @@ fi
 # shellcheck source=slurm/lib/submit.sh
 . "$root/slurm/lib/submit.sh"
 
-need_data openwebtext slurm/nanogpt/prepare_openwebtext.sh "$@"
+out=$(run_of nanogpt-gpt2)
+need_data openwebtext slurm/nanogpt/prepare_openwebtext.sh --out_dir="$out" "$@"
 submit_unless_in_job "${BASH_SOURCE[0]}" "$@"
 if [ "${1:-}" = -- ]; then shift; fi
 begin_job
-out=$(run_of nanogpt-gpt2)
 exec bash slurm/lib/run.sh nanogpt.train train_gpt2 --out_dir="$out" --auto_resume=true "$@"

@@ -26,9 +26,9 @@ fi
 # shellcheck source=slurm/lib/submit.sh
 . "$root/slurm/lib/submit.sh"
 
-need_data shakespeare_char slurm/nanogpt/prepare_shakespeare.sh "$@"
+out=$(run_of nanogpt-shakespeare)
+need_data shakespeare_char slurm/nanogpt/prepare_shakespeare.sh --out_dir="$out" "$@"
 submit_unless_in_job "${BASH_SOURCE[0]}" "$@"
 if [ "${1:-}" = -- ]; then shift; fi
 begin_job
-out=$(run_of nanogpt-shakespeare)
 exec bash slurm/lib/run.sh nanogpt.train train_shakespeare_char --out_dir="$out" --auto_resume=true "$@"

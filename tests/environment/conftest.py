@@ -79,7 +79,8 @@ def clone(tmp_path: Path) -> Path:
             shutil.copy(path, target)
     shutil.copy(ROOT / "nanogpt/__init__.py", folder / "nanogpt")
     (folder / "slurm/lib").mkdir(parents=True)
-    shutil.copy(ROOT / "slurm/lib/env.sh", folder / "slurm/lib")
+    for name in ("env.sh", "settings.sh"):
+        shutil.copy(ROOT / "slurm/lib" / name, folder / "slurm/lib")
     (folder / "tools/bin").mkdir()
     shutil.copy(ROOT / "tools/bin/engaging", folder / "tools/bin")
     for name in ("setup_env.sh", "activate_env.sh", "pyproject.toml"):

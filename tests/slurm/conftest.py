@@ -24,12 +24,20 @@ DONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 TEST_TIMERS = practice.Options(kill_wait=5, requeue_delay=5, node_timeout=10, grace=10)
 
 
+@pytest.hookimpl(trylast=True)  # what -m and -k leave out is gone by then
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test of this folder carries the `slurm` marker; those marked `last` come last."""
+    """Every test of this folder carries the `slurm` marker; those marked `last` come last.
+
+    The first that needs the cluster begins what others only look at: SLURM's minutes pass beside all tests between.
+    """
     for item in items:
         if Path(item.path).is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.slurm)
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)  # what other tests run beside
+    asked = {name for item in items for name in getattr(item, "fixturenames", ())}
+    first = next((item for item in items if "cluster" in getattr(item, "fixturenames", ())), None)
+    if first is not None:
+        first.fixturenames += [name for name in ("slow_jobs", "beside") if name in asked]
 
 
 class Cluster:
@@ -37,7 +45,8 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
+        foreign = ("SLURM_", "SBATCH_", "OMP_NUM_THREADS")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         self.env = {**clean, **practice.environment(folder)}
         self.background: list[subprocess.Popen] = []  # what needs the controller and runs beside the tests
 
@@ -285,6 +294,16 @@ def slow_jobs(project: Project) -> dict[str, str]:
             *common, speedrun, "--out_dir=out/breaks", "--steps=9", "--break_at=4", **standin
         ),
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def beside(cluster: Cluster, project: Project) -> Iterator[dict[str, Future]]:
+    """What the scenes of beside.py come to, by their names: `beside["preempted"].result(600)`."""
+    from beside import SCENES
+
+    pool = ThreadPoolExecutor(len(SCENES))
+    yield {scene.__name__: pool.submit(scene, cluster, project) for scene in SCENES}
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 # The speedrun's trainer in seconds on a CPU.

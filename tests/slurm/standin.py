@@ -1,8 +1,9 @@
 """A trainer of ten lines that keeps the real one's contract: checkpoints, metrics, status 75 when asked to stop.
 
-    standin.py --out_dir=DIR --steps=N --pause=SECONDS [--break_at=STEP] [--note=TEXT]
+    standin.py --out_dir=DIR --steps=N --pause=SECONDS [--break_at=STEP] [--gate=FILE] [--note=TEXT]
 
 It costs no CPU time, so jobs of a minute can wait beside the tests. `loss` depends on every step before it.
+While the file of --gate is not there, no second step begins.
 """
 
 import json
@@ -32,6 +33,9 @@ def main() -> int:
         if FLAGS.get("break_at") == str(state["step"]):
             print("this trainer broke", flush=True)
             return 1
+        if state["step"] and "gate" in FLAGS and not Path(FLAGS["gate"]).exists():
+            time.sleep(0.1)
+            continue
         time.sleep(float(FLAGS.get("pause", "0.1")))
         state = {"step": state["step"] + 1, "loss": state["loss"] * 0.99 + state["step"] % 7 / 1000}
         with (folder / "metrics.jsonl").open("a") as file:

@@ -90,6 +90,20 @@ def test_without_sbatch_the_remedy_is_named(tmp_path):
     assert "LOCAL=1 bash slurm/nanogpt/train_shakespeare.sh" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("sinfo: fatal: Could not establish a configuration source", "no cluster is configured"),
+        ("slurm_load_partitions: Unable to contact slurm controller", "try again in a few minutes"),
+    ],
+)
+def test_no_cluster_and_a_controller_that_is_away_are_two_things(tmp_path, said, wanted):
+    program(tmp_path, "sbatch", "#!/bin/sh\n")
+    program(tmp_path, "sinfo", f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    done = bash("slurm/nanogpt/train_shakespeare.sh", path=str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and wanted in done.stderr, done.stderr
+
+
 def test_local_runs_here_without_slurm(tmp_path):
     out = tmp_path / "a run"
     done = bash(
@@ -174,6 +188,7 @@ while [[ $1 == --* ]]; do shift; done
 """,
         )
         program(tmp_path / "bin", "scontrol", "#!/bin/bash\necho ' BatchFlag=0'\n")
+        program(tmp_path / "bin", "sleep", f"#!/bin/bash\nexec {shutil.which('sleep')} 0.1\n")
         env = {
             **os.environ, "ENV_PATH": sys.prefix, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here",
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",

@@ -90,6 +90,9 @@ def test_stages_follow_each_other_by_afterok_and_only_the_promoted_train(cluster
     assert len(jobs) == 2 and f"after {jobs[0]}" in said
     script = next((clone / "out" / ".launch").glob("chain-B*/001/submit.sh")).read_text()
     assert f"--dependency=afterok:{jobs[0]}" in script and "--array=0-5%" in script
+    cluster.wait_until(
+        lambda: not cluster.squeue("--jobs", ",".join(jobs)).strip()
+    )  # a status costs a second
     found = wait(engaging, "chain", {"finished", "skipped"})
     done, skipped = ["finished"] * 2, ["skipped"] * 2
     assert found == {

@@ -38,11 +38,11 @@ def waiting(cluster, tmp_path_factory) -> dict[str, object]:
     options = ["-t", "10", "--requeue", "--open-mode=append", f"--output={folder}/log"]
     preempted = cluster.sbatch("-p", "mit_preemptable", "-w", "node6", "--exclusive", *options, script)
     lost = cluster.sbatch(
-        *("-p", "pi_lab", "-w", "node5", "--no-requeue", "-o", "/dev/null"),
+        *("-p", "pi_lab", "-w", "node4", "--no-requeue", "-o", "/dev/null"),
         *("--wrap", f"while :; do date +%s.%N > {beat}; sleep 0.1; done"),
     )
     cluster.wait_until(beat.exists)
-    cluster.kill_slurmd("node5")
+    cluster.kill_slurmd("node4")
     cluster.wait_for(preempted, "RUNNING")
     owner = cluster.sbatch(
         "-p", "pi_lab", "-w", "node6", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2"
@@ -163,8 +163,8 @@ def test_a_lost_node_goes_on_and_a_dead_one_does_not(cluster, waiting):
     cluster.wait_for(waiting["lost"], "NODE_FAIL", 60)
     before = beat.read_text()
     cluster.wait_until(lambda: beat.read_text() not in (before, ""))  # the old attempt still writes
-    cluster.stop_node("node5")
+    cluster.stop_node("node4")
     last = beat.read_text()
     with pytest.raises(AssertionError):
         cluster.wait_until(lambda: beat.read_text() != last, 1)
-    cluster.start_node("node5")
+    cluster.start_node("node4")

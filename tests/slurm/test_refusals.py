@@ -46,14 +46,13 @@ SPEEDRUN = "slurm/modded/train_speedrun.sh"
     ],
 )
 def test_settings_become_options(project, script, settings, options):
-    before = project.cluster.squeue("--me", "-o", "%A").split()
     done = project.bash(script, "--learning_rate=3e-4", DRY_RUN="1", **settings)
     line = done.stdout.splitlines()[-1]
     assert line.startswith("sbatch ")
     assert line.endswith(f"{script} --learning_rate=3e-4")
     for option in options.split():
         assert option in line, line
-    assert set(project.cluster.squeue("--me", "-o", "%A").split()) <= set(before)
+    assert "learning_rate=3e-4" not in project.cluster.squeue("--me", "-o", "%o"), "it was submitted"
 
 
 @pytest.mark.parametrize(
@@ -92,20 +91,28 @@ def test_what_cannot_start_is_one_line(project, script, settings, words):
     assert "submitted" not in done.stdout
 
 
-def test_a_gpu_that_slurm_does_not_know_yet_is_waited_for(cluster, project, tmp_path):
-    """What a controller answers that has just started; sbatch refuses once, and is the real one then."""
+def test_an_sbatch_that_refuses_once_and_greets_with_numbers_gives_the_jobs_own(cluster, project, tmp_path):
+    """By both doors: a controller that has just started knows no GPUs, and a site's filter talks on both streams."""
     sbatch = tmp_path / "sbatch"
     refusal = "sbatch: error: Invalid generic resource (gres) specification"
     sbatch.write_text(
-        f'#!/bin/bash\nif [ "$1" = --help ] || ! mkdir {tmp_path}/asked 2>/dev/null; then\n'
+        '#!/bin/bash\nprintf "Welcome to Cluster3\\n3 checks: job 17 of 20 passed\\n2026 is over; 5\\n"\n'
+        "echo 'lua: 12345' >&2\n"
+        f'if [ "$1" = --help ] || ! mkdir {tmp_path}/asked 2>/dev/null; then\n'
         f'exec {shutil.which("sbatch")} "$@"; fi\n'
         f"echo '{refusal}' >&2; exit 1\n"
     )
     sbatch.chmod(0o755)
-    done = project.bash(SHAKESPEARE, "--check", PATH=f"{tmp_path}:{cluster.env['PATH']}")
+    env = {"PATH": f"{tmp_path}:{cluster.env['PATH']}"}
+    done = project.bash(SHAKESPEARE, "--check", **env)
     assert "does not know its GPUs yet" in done.stderr
-    (job,) = re.findall(r"^submitted job (\d+)", done.stdout, re.MULTILINE)
-    cluster.cancel(job)
+    (job,) = re.findall(r"^submitted job (\S+);", done.stdout, re.MULTILINE)
+    line = f"source ./activate_env.sh >/dev/null; sbatch -p mit_normal_gpu --gres=gpu:h200:8 {SHAKESPEARE}"
+    typed = cluster.run("bash", "-c", line, env={**project.env, **env}, cwd=project.root)
+    (second,) = re.findall(r"^warning: job (\d+) will never start", typed.stderr, re.MULTILINE)
+    for one in (job, second):
+        assert cluster.job(one)["JobName"] == "nanogpt-train-shakespeare"
+    cluster.cancel(job, second)
 
 
 NASTY = [

@@ -141,10 +141,22 @@ def test_training_waits_for_ones_own_job_that_prepares_its_data(cluster, project
     copy.parent.mkdir()
     copy.write_text((project.root / SPEEDRUN).read_text().replace("modded-speedrun", "mine"))
     fails = project.sbatch("-p", "pi_lab", "--gres=gpu:1", copy, "--data_root=nowhere", **env)
+    # What has trained on tokens that are there waits for no others.
+    begun = project.root / "out" / "begun" / "checkpoints"
+    begun.mkdir(parents=True)
+    (begun / "step_00000001").write_text('{"step": 1, "loss": 3.0}')
+    (project.root / "sooner" / "fineweb10B").mkdir(parents=True)
+    (project.root / "sooner" / "fineweb10B" / "fineweb_train_000001.bin").touch()
+    sooner = {**env, "DATA_ROOT": str(project.root / "sooner")}
+    goes_on = project.sbatch(
+        "-p", "pi_lab", "--gres=gpu:1", SPEEDRUN, "--out_dir=out/begun", "--steps=2", **sooner
+    )
     for job in (plain, fails):
         cluster.wait_until(
             lambda job=job: cluster.job(job).get("Dependency", "").startswith(f"afterany:{makes}")
         )
+    assert cluster.wait_for(goes_on) == "COMPLETED", cluster.log(goes_on)
+    assert cluster.job(goes_on)["Restarts"] == "0" and cluster.state(makes) == "RUNNING"
     (project.root / "go").touch()
     for job in (behind.job, plain):
         assert cluster.wait_for(job) == "COMPLETED", cluster.log(job)
@@ -186,10 +198,33 @@ def test_words_after_a_scripts_name_are_sbatchs_or_after_two_dashes_the_trainers
     )
 
 
+def test_what_engaging_config_has_set_holds_for_scripts(cluster, project, typed, tmp_path):
+    """By `bash` and by the function; flags and the environment stand before it, and its partition is for GPUs."""
+    (tmp_path / "engaging").mkdir()
+    rows = {"account": "mit_general", "qos": "normal", "partition": "mit_preemptable", "env_path": "/gone"}
+    (tmp_path / "engaging/config.toml").write_text("".join(f'{key} = "{row}"\n' for key, row in rows.items()))
+    own = {"XDG_CONFIG_HOME": str(tmp_path)}
+
+    def line(script: str, *words: str, **env: str) -> str:
+        return project.bash(script, *words, DRY_RUN="1", **own, **env).stdout.splitlines()[-1]
+
+    for option in ("--account=mit_general", "--qos=normal", "--partition=mit_preemptable"):
+        assert option in line(SHAKESPEARE)
+    assert "--partition=pi_lab" in line(SHAKESPEARE, "--partition=pi_lab", "--") and "--qos=labs" in line(
+        SHAKESPEARE, SBATCH_QOS="labs"
+    )
+    assert "--partition=mit_quicktest" in line("slurm/nanogpt/prepare_shakespeare.sh")
+    no_environment = project.bash(SHAKESPEARE, check=False, **own, ENV_PATH="")
+    assert no_environment.returncode == 2 and "ENV_PATH=/gone: no Python there" in no_environment.stderr
+    done = typed(f"sbatch -H {SHAKESPEARE}", **own)
+    row = cluster.job(done.job)
+    assert (row["Account"], row["QOS"]) == ("mit_general", "normal") and "warning" not in done.stderr
+
+
 def test_on_a_login_node_make_runs_by_srun(cluster, project):
-    def run(*words: str, **env: str):
-        script = "slurm/lib/here_or_srun.sh"
-        return cluster.run("bash", script, *words, env={**project.env, **env}, cwd=project.root, check=False)
+    def run(*words: str, without: str = "NOTHING", **env: str):
+        words = ("env", f"--unset={without}", "bash", "slurm/lib/here_or_srun.sh", *words)
+        return cluster.run(*words, env={**project.env, **env}, cwd=project.root, check=False)
 
     show = ("bash", "-c", "echo ${SLURM_JOB_PARTITION:-here}")
     done = run(*show)
@@ -197,9 +232,7 @@ def test_on_a_login_node_make_runs_by_srun(cluster, project):
         done.stdout == "mit_quicktest\n"
         and "this is a login node: srun --partition=mit_quicktest" in done.stderr
     )
-    assert (
-        run(*show, HERE="1").stdout == "here\n" and run(*show, SLURM_CONF="/nonexistent").stdout == "here\n"
-    )
+    assert run(*show, HERE="1").stdout == "here\n" and run(*show, without="SLURM_CONF").stdout == "here\n"
     said = run("--say", "make test")
     assert (
         said.returncode == 2

@@ -7,7 +7,6 @@ import pytest
 from conftest import TINY
 
 SHAKESPEARE = "slurm/nanogpt/train_shakespeare.sh"
-GPT2 = "slurm/nanogpt/train_gpt2.sh"
 SPEEDRUN = "slurm/modded/train_speedrun.sh"
 
 
@@ -56,22 +55,13 @@ def test_both_doors_and_every_form_of_gpus(cluster, project, slow_jobs, standin)
     assert not list(project.root.rglob("pwned")), "a path was run as a command"
 
 
-def test_two_nodes_by_sbatch_and_by_srun(cluster, project, standin):
-    tiny = [*TINY, "--max_iters=8", "--gradient_accumulation_steps=0", "--tokens_per_step=64"]
-    batch = project.sbatch("-p", "pi_lab", "--nodes=2", "--gres=gpu:1", GPT2, *tiny, "--out_dir=out/two")
-    inside = cluster.run(
-        *("salloc", "-p", "pi_lab", "-N2", "--gres=gpu:1", "-c2", "--mem=4G", "-t10", "-Q"),
-        *("srun", "--ntasks-per-node=1", "bash", SPEEDRUN, "--out_dir=out/srun"),
-        env={**project.env, **standin},
-        cwd=project.root,
-        timeout=600,
-    )
-    assert "rank 1 of 2" in inside.stdout
-    log = finished(cluster, batch)
+def test_two_nodes_by_sbatch_and_by_srun(beside):
+    assert "rank 1 of 2" in beside["on_two_nodes_by_srun"].result(600)
+    log, losses, nodes = beside["two_nodes"].result(600)
     assert "2 ranks" in log
     assert "no InfiniBand" in log
-    assert len(cluster.nodes_of(batch)) == 2
-    assert max(project.training(batch, "two")) == 7
+    assert len(nodes) == 2
+    assert max(losses) == 7
 
 
 @pytest.mark.campaign

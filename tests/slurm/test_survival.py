@@ -3,18 +3,9 @@
 import time
 from datetime import datetime
 
+import beside as scenes
 import pytest
-from conftest import TINY
-
-SHAKESPEARE = "slurm/nanogpt/train_shakespeare.sh"
-LONG = [*TINY, "--max_iters=100000", "--gradient_accumulation_steps=2", "--batch_size=4"]
-
-
-def stop(cluster, project, job: str, run: str) -> None:
-    """Ask the run to stop by its file, as a user does, and see that the job ends and stays ended."""
-    (project.root / "out" / run / "stop").touch()
-    cluster.wait_for(job, timeout=600)
-    assert "stopped by its file 'stop'" in cluster.log(job)
+from beside import LONG, SHAKESPEARE, stop
 
 
 def compare(disturbed: dict[int, float], undisturbed: dict[int, float], at_least: int) -> None:
@@ -36,10 +27,7 @@ def standin(project) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def undisturbed(cluster, project) -> dict[int, float]:
     """The losses of the run that nothing happens to."""
-    job = project.sbatch("-p", "pi_lab", SHAKESPEARE, *LONG, "--out_dir=out/undisturbed")
-    project.wait_for_step(job, "undisturbed", 400)
-    stop(cluster, project, job, "undisturbed")
-    return project.training(job, "undisturbed")
+    return scenes.undisturbed(cluster, project, 400)
 
 
 @pytest.fixture(scope="module")
@@ -62,39 +50,18 @@ def lost(cluster, project) -> tuple[str, str]:
     return job, node
 
 
-def preempt(cluster, project, undisturbed, places: dict[str, tuple]) -> None:
-    """Each run loses its node to the node's owner, and comes back. {run: (GPUs, node, partition, save interval)}"""
-    jobs = {
-        run: project.sbatch(
-            *("-p", partition, "-w", node, f"--gres=gpu:{gpus}", "--cpus-per-gpu=2", "--mem-per-gpu=4G"),
-            *(SHAKESPEARE, *LONG, f"--out_dir=out/{run}", f"--save_interval={save_interval}"),
-        )
-        for run, (gpus, node, partition, save_interval) in places.items()
-    }
-    for run, job in jobs.items():
-        project.wait_for_step(job, run, 60)
-    nodes = ",".join(node for _, node, *_ in places.values())
-    alone = ["-w", nodes, f"-N{len(places)}", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
-    owner = cluster.sbatch("-p", "pi_lab", *alone)
-    cluster.wait_for(owner, "COMPLETED", 60)
-    before = {run: max(project.training(job, run)) for run, job in jobs.items()}
-    for run, job in jobs.items():
-        project.wait_for_step(job, run, before[run] + 60)
-    for run, job in jobs.items():
-        stop(cluster, project, job, run)
-    for run, job in jobs.items():
-        log = cluster.log(job)
-        assert f"job {job} attempt 1" in log, "the first attempt's log is gone"
-        assert f"job {job} attempt 2" in log
-        assert "resumed from step_" in log and "Traceback" not in log
-        losses = project.training(job, run)
-        assert set(range(max(losses) + 1)) == set(losses), "steps are missing"
-        if places[run][0] == 1:
-            compare(losses, undisturbed, 100)
+def went_on(job: str, losses: dict[int, float], log: str) -> None:
+    """Every attempt's lines are there, and every step."""
+    assert f"job {job} attempt 1" in log, "the first attempt's log is gone"
+    assert f"job {job} attempt 2" in log
+    assert "resumed from step_" in log and "Traceback" not in log
+    assert set(range(max(losses) + 1)) == set(losses), "steps are missing"
 
 
-def test_a_preempted_run_goes_on_exactly(cluster, project, undisturbed):
-    preempt(cluster, project, undisturbed, {"preempted": (1, "node3", "mit_preemptable", 0)})
+def test_a_preempted_run_goes_on_exactly(beside):
+    run, same = beside["preempted"].result(600)
+    went_on(*run)
+    compare(run[1], same, 100)
 
 
 @pytest.mark.campaign
@@ -108,7 +75,10 @@ def test_preempted_runs_go_on_exactly(cluster, project, undisturbed, at_once, lo
         "preempted-2": (2, "node6", "mit_preemptable", 0),
         "preempted-at-once": (1, "node4", at_once, 1),
     }
-    preempt(cluster, project, undisturbed, places)
+    for name, run in scenes.preempt(cluster, project, places).items():
+        went_on(*run)
+        if places[name][0] == 1:
+            compare(run[1], undisturbed, 100)
 
 
 @pytest.fixture(scope="module")
@@ -150,20 +120,8 @@ def test_a_lost_node_does_not_spoil_the_run(cluster, project, undisturbed, lost)
     compare(project.training(job, "lost"), undisturbed, 60)
 
 
-def test_an_array_task_requeues_itself_alone(cluster, project, standin):
-    options = ["-p", "pi_lab", "--gres=gpu:1", "--cpus-per-gpu=1", "--mem-per-gpu=1G", "--array=0-2"]
-    job = project.sbatch(*options, "slurm/modded/train_speedrun.sh", "--steps=120", "--pause=0.1", **standin)
-    for task in range(3):
-        cluster.wait_for(f"{job}_{task}", "RUNNING")
-    runs = [project.root / f"out/speedrun-{job}-{task}" for task in range(3)]
-    cluster.wait_until(
-        lambda: all((run / "metrics.jsonl").exists() for run in runs),
-        describe=lambda: "\n".join(cluster.log(f"{job}_{task}") for task in range(3)),
-    )
-    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_2")  # the last task's id is the array's own
-    for task in range(3):
-        cluster.wait_until(lambda task=task: cluster.state(f"{job}_{task}") == "COMPLETED")
-    assert [len((run / "attempts").read_text().splitlines()) for run in runs] == [1, 1, 2]
+def test_an_array_task_requeues_itself_alone(beside):
+    assert [len(attempts) for attempts in beside["array_tasks"].result(600)] == [1, 1, 2]
 
 
 @pytest.mark.campaign

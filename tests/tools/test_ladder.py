@@ -10,7 +10,7 @@ from tools.launch.book import new_launch
 from tools.site import ladder
 from tools.site.cluster import Cluster
 from tools.site.estimate import past
-from tools.site.slurm import Association, Job
+from tools.site.slurm import Answer, Association, Job
 
 
 @pytest.fixture
@@ -126,6 +126,20 @@ def test_what_slurm_says(home, monkeypatch):
     rungs = standing(home)
     assert rungs["account"].text == "mit_general" and rungs["quickstart"].command.startswith("srun ")
     assert "engaging why 7" in rungs["char model"].text
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("scontrol: fatal: Could not establish a configuration source", "no cluster is configured"),
+        ("scontrol: error: Unable to contact slurm controller (connect failure)", "try again in a minute"),
+    ],
+)
+def test_no_cluster_and_a_controller_that_is_away_are_two_things(home, monkeypatch, said, wanted):
+    monkeypatch.setattr(ladder.slurm, "available", lambda: True)
+    monkeypatch.setattr(ladder.slurm, "ask", lambda *_, **__: Answer(1, "", said))
+    account = standing(home)["account"]
+    assert account.state == "failed" and wanted in account.text and "\n" not in account.text
 
 
 def test_the_labs_ladder_shows_those_who_opted_in(home, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import shutil
+import subprocess
 
 import pytest
 
@@ -47,9 +49,35 @@ def test_the_first_source_that_has_a_value_wins_and_is_named(home, monkeypatch, 
     }
     text = shown(capsys)
     assert f"from {own}" in text and "from $DATA_ROOT" in text and "of launch --mail" in text
-    assert "QOS=mine" in shown(capsys, "--shell").splitlines()
     shown(capsys, "unset", "qos")
     assert settings.resolve()["qos"].value == "labs"
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash", "zsh"])
+def test_scripts_read_what_config_has_written(home, monkeypatch, capsys, root, shell):
+    """slurm/lib/settings.sh against `resolve`: your file, the lab's, what neither has, what everybody may write to."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    lab = home / "lab.toml"
+    lab.write_text('account = \'pi_lab\'  # ours\nqos = "labs"\nenv_path = "~/envs/it is"\n')
+    for key, value in {"lab": str(lab), "qos": "mine", "data_root": "~/my data"}.items():
+        shown(capsys, "set", key, value)
+
+    def read() -> tuple[dict[str, str], str]:
+        keys = ("account", "qos", "partition", "env_path", "data_root")
+        words = ". ./settings.sh; " + "; ".join(f"engaging_setting {key}; echo" for key in keys)
+        done = subprocess.run(
+            [shell, "-c", words], cwd=root / "slurm/lib", capture_output=True, text=True, check=True
+        )
+        found = zip(keys, done.stdout.split("\n"), strict=False)
+        return {key: value for key, value in found if value}, done.stderr
+
+    found, said = read()
+    assert said == "" and found == {key: row.value for key, row in settings.resolve().items() if key != "lab"}
+    assert found["env_path"] == f"{home}/envs/it is" and "partition" not in found
+    lab.chmod(0o666)
+    found, said = read()
+    assert found == {"qos": "mine", "data_root": f"{home}/my data"} and "everybody may write" in said
 
 
 def test_commands_see_the_files_values_and_the_environment_stands_before_them(home, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import argparse
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, list_of_names, minutes, name_of, whole
+from tools.args import Parser, add_request, whole
 
 
 def add_execution(parser: Parser) -> None:
@@ -20,14 +20,7 @@ def add_execution(parser: Parser) -> None:
         action="store_true",
         help="all runs in one process and one compile, seeds of the variants in turn (the trainer's --plan)",
     )
-    add("--gpu-type", type=name_of("--gpu-type"), help="h200, h100, l40s ...; default: what starts first")
-    add("--time", type=minutes("--time"), help="time limit of one job: 2h, 90m")
-    add("--partition", type=list_of_names("--partition"), help="default: the one whose last run ends first")
-    add("--account", type=name_of("--account"))
-    add("--qos", type=name_of("--qos"))
-    add("--reservation", type=name_of("--reservation"))
-    add("--cpus", type=whole("--cpus", 1, 4096), help="CPUs of a job; default: the site's figure")
-    add("--mem", help="memory of a job, such as 64G; default: the site's figure")
+    add_request(parser, without=("gpus", "nodes"), partition="default: the one whose last run ends first")
     add(
         "--throttle", type=whole("--throttle", 1, 10000), help="runs at once; default: what your limits allow"
     )
@@ -36,10 +29,6 @@ def add_execution(parser: Parser) -> None:
 
 def options(args: argparse.Namespace) -> dict[str, object]:
     """What of `add_execution` is kept with an experiment, for `resume`."""
-    from tools.site.slurm import memory_mb
-
-    if args.mem and not memory_mb(args.mem):
-        raise UserError(f"--mem={args.mem[:40]!r}: expected an amount such as 64G or 500000M")
     names = ("gpu_type", "time", "cpus", "mem", "partition", "account", "qos", "reservation", "throttle")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 

@@ -126,7 +126,7 @@ def _row(root, args, group, left, past, known, cluster, begin) -> Row:
 def _ask(root: Path, row: Row, first: Experiment, todo: int, each: float, cluster, begin: datetime) -> None:
     """Fill in what the cluster says: where, how many at once, from when."""
     from tools.experiments.queue import arguments, option_for
-    from tools.launch.command import fitting_throttle
+    from tools.launch.request import fitting_throttle
     from tools.site.plan import ask_starts
 
     try:

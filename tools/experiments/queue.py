@@ -18,8 +18,8 @@ from tools.experiments.flags import counted
 from tools.experiments.records import CODE, SHELF, Experiment
 from tools.launch import book, environment, snapshot
 from tools.launch.book import Launch
-from tools.launch.command import choose, fitting_throttle
 from tools.launch.presets import Target
+from tools.launch.request import choose, fitting_throttle
 from tools.launch.submit import batch_script, find_by_token, submit
 from tools.site import profile, slurm
 from tools.site.cluster import Cluster, ask_cluster

@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, clock, list_of_names, minutes, name_of, whole
+from tools.args import Parser, add_request, clock, name_of, whole
 from tools.launch import book, environment, presets, snapshot
 from tools.launch.book import Launch
 from tools.launch.passed_on import passed_on
 from tools.launch.presets import Target
+from tools.launch.request import choose, fitting_throttle
 from tools.place import checkout
-from tools.site import limits, profile, settings, slurm
+from tools.site import profile, settings, slurm
 from tools.site.cluster import Cluster, ask_cluster
-from tools.site.limits import Request
-from tools.site.plan import Option, ask_starts, best, options
+from tools.site.plan import Option
 from tools.site.slurm import SlurmUnreachable
 
 FIRST_SEED = 1337
@@ -61,6 +61,7 @@ def _launch_slurm(
 ) -> int:
     cluster, site = ask_cluster(), profile.current_site(root)
     settings.fill(args, site.path)
+    args.gpus = 1 if args.gpus is None else args.gpus
     previous = book.latest(root, name)
     only_asking = args.dry_run or args.test_only
     if previous is not None and not only_asking and (status := _still_there(cluster, previous)):
@@ -161,83 +162,6 @@ def _submit(
     return 0
 
 
-def choose(args: argparse.Namespace, cluster: Cluster, site: profile.Site, target: Target) -> Option:
-    """The partition and GPU type for the flags given; UserError when nothing takes them."""
-    asked = Request(
-        args.gpus,
-        args.gpu_type,
-        args.time or target.minutes,
-        args.nodes,
-        args.cpus or 0,
-        slurm.memory_mb(args.mem) if args.mem else None,
-        args.account,
-        args.qos,
-    )
-    limits.check_gpu_type(cluster, asked.gpu_type)
-    limits.check_account(cluster, asked)
-    if cluster.associations == [] and not cluster.notes:
-        raise UserError(
-            "SLURM knows no account of yours; a new one takes about 15 minutes after the first log-in, "
-            "then ask the cluster's staff"
-        )
-    if (why := target.refuse_gpus(asked.all_gpus)) is not None:
-        raise UserError(why)
-    if args.partition and "," in args.partition:
-        return _first_that_starts(args, cluster, site, target, asked)
-    found = options(cluster, site, asked, target, args.partition)
-    taken = [option for option in found if option.ok]
-    if len(taken) > 1 and not args.partition:
-        ask_starts(found)
-    chosen = best(found, args.seeds)
-    if chosen is None:
-        raise UserError(_why_none(found, args))
-    return chosen
-
-
-def _first_that_starts(
-    args: argparse.Namespace, cluster: Cluster, site: profile.Site, target: Target, asked: Request
-) -> Option:
-    """A list of partitions goes to SLURM as it is (the first free one starts it); each must take the job."""
-    found = options(cluster, site, asked, target, args.partition)
-    names = [option.partition for option in found if option.ok]
-    missing = [name for name in args.partition.split(",") if name not in names]
-    if missing:
-        raise UserError(_why_none([option for option in found if option.partition in missing], args))
-    chosen = min(
-        (option for option in found if option.ok), key=lambda o: (o.request.cpus, o.request.memory_mb or 0)
-    )
-    chosen.partition = args.partition
-    return chosen
-
-
-def _why_none(found: list[Option], args: argparse.Namespace) -> str:
-    first = next((refusal for option in found for refusal in option.refusals), None)
-    plan = f"engaging plan {args.preset} --gpus {args.gpus}"
-    if len({option.partition for option in found}) == 1 and first is not None:
-        return first.line() + ("" if first.remedy else f"; {plan} shows what can start")
-    reasons = dict.fromkeys(f"{o.partition}: {o.refusals[0].short}" for o in found if o.refusals)
-    return f"no partition takes this ({'; '.join(reasons) or 'none has GPUs'}); {plan} shows what can start"
-
-
-def fitting_throttle(args: argparse.Namespace, cluster: Cluster, option: Option) -> int:
-    """How many seeds run at once: as asked, else what the user's own limits allow.
-
-    Refuses what never fits.
-    """
-    partition = cluster.partition(option.partition.split(",")[0])
-    rows = limits.effective_qos(cluster, partition, option.request)
-    for row in rows:
-        sharing = {p.name for p in cluster.partitions.values() if p.qos == row.name}
-        queued = sum(job.tasks for job in cluster.my_jobs if job.partition in sharing or job.qos == row.name)
-        if row.max_submit is not None and queued + args.seeds > row.max_submit:
-            raise UserError(
-                f"--seeds={args.seeds}: {row.name!r} allows {row.max_submit} jobs in the queue and you have "
-                f"{queued}; --seeds={max(0, row.max_submit - queued)}"
-            )
-    caps = [row.max_jobs for row in rows if row.max_jobs] + ([option.at_once] if option.at_once else [])
-    return max(1, min([args.throttle or args.seeds, args.seeds, *caps]))
-
-
 def run_folders(name: str, seeds: int) -> list[str]:
     """The run directories, relative to the checkout: `out/<name>`, or `out/<name>-s<seed>` for several."""
     if seeds == 1:
@@ -281,7 +205,7 @@ def _launch_here(
     if args.nodes > 1:
         raise UserError(f"--nodes={args.nodes}: without SLURM a run stays on this machine; leave it out")
     here = local_gpus()
-    gpus = args.gpus if args.gpus_given else min(here, 1)
+    gpus = min(here, 1) if args.gpus is None else args.gpus
     if gpus > here:
         raise UserError(f"--gpus={gpus}: this machine has {here}; leave --gpus out, or submit on the cluster")
     runs = run_folders(name, args.seeds)
@@ -343,22 +267,7 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("preset", metavar="PRESET", help="nanogpt, gpt2, speedrun, or a preset of either trainer")
-    add(
-        "--gpus",
-        type=whole("--gpus", 0, 1024),
-        default=1,
-        action=_Given,
-        help="GPUs on each node (default 1)",
-    )
-    add("--gpu-type", type=name_of("--gpu-type"), help="h200, h100, l40s ...; default: what starts first")
-    add("--time", type=minutes("--time"), help="time limit of one job: 6h, 90m, 2-00:00:00")
-    add("--nodes", type=whole("--nodes", 1, 1024), default=1, help="nodes (default 1)")
-    add("--cpus", type=whole("--cpus", 1, 4096), help="CPUs on each node; default: the site's figure")
-    add("--mem", type=memory, help="memory on each node, such as 64G; default: the site's figure")
-    add("--partition", type=list_of_names("--partition"), help="default: the one that starts first")
-    add("--account", type=name_of("--account"))
-    add("--qos", type=name_of("--qos"), help="name it together with --account")
-    add("--reservation", type=name_of("--reservation"))
+    add_request(parser)
     add("--name", type=name_of("--name"), help="the run's name; default: the preset and the time")
     add(
         "--seeds",
@@ -390,20 +299,5 @@ def _parser() -> Parser:
     add("--test-only", action="store_true", help="ask the scheduler, queue nothing")
     add("--local", action="store_true", help="run on this machine, in the background")
     add("--no-check", action="store_true", help="skip the trainer's own check of its flags and data")
-    parser.set_defaults(gpus_given=False)
+    parser.set_defaults(gpus=None)  # here, without SLURM: what there is, and at most one
     return parser
-
-
-class _Given(argparse.Action):
-    """Stores the value and remembers that it was given."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        setattr(namespace, self.dest, values)
-        namespace.gpus_given = True
-
-
-def memory(text: str) -> str:
-    """A type for amounts of memory as SLURM writes them."""
-    if not slurm.memory_mb(text):
-        raise UserError(f"--mem={text[:40]!r}: expected an amount such as 64G or 500000M")
-    return text

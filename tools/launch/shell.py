@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, clock, list_of_names, minutes, name_of, whole
+from tools.args import Parser, add_request, clock
 from tools.launch import environment
-from tools.launch.command import choose, memory
 from tools.launch.presets import Target
+from tools.launch.request import choose
 from tools.place import checkout
 from tools.site import profile, settings, slurm
 from tools.site.cluster import ask_cluster
@@ -73,17 +73,7 @@ def allocation(args: argparse.Namespace, option: Option, root: Path, python: Pat
 
 def _parser() -> Parser:
     parser = Parser("shell", __doc__ or "")
-    add = parser.add_argument
-    add("--gpus", type=whole("--gpus", 0, 64), default=1, help="GPUs on each node (default 1)")
-    add("--gpu-type", type=name_of("--gpu-type"), help="h200, h100, l40s ...; default: what starts first")
-    add("--time", type=minutes("--time"), help="default 1h")
-    add("--nodes", type=whole("--nodes", 1, 64), default=1, help="nodes (default 1)")
-    add("--cpus", type=whole("--cpus", 1, 4096), help="CPUs on each node; default: the site's figure")
-    add("--mem", type=memory, help="memory on each node, such as 64G; default: the site's figure")
-    add("--partition", type=list_of_names("--partition"), help="default: the one that starts first")
-    add("--account", type=name_of("--account"))
-    add("--qos", type=name_of("--qos"), help="name it together with --account")
-    add("--reservation", type=name_of("--reservation"))
-    add("--dry-run", action="store_true", help="print salloc's line and stop")
+    add_request(parser, time="default 1h")
+    parser.add_argument("--dry-run", action="store_true", help="print salloc's line and stop")
     parser.set_defaults(seeds=1, preset="gpt2")  # choose() compares options as for one run
     return parser

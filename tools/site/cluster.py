@@ -12,7 +12,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from nanogpt.common.errors import UserError
+from nanogpt.common.errors import CommandError, UserError
 from nanogpt.common.flags import nearest
 from tools.args import parse_minutes
 from tools.site import slurm
@@ -112,16 +112,26 @@ def ask_cluster() -> Cluster:
     with ThreadPoolExecutor(len(questions)) as pool:
         answers = dict(zip(questions, pool.map(slurm.ask, questions.values()), strict=True))
     if answers["partitions"].rc != 0:
-        raise SlurmUnreachable(
-            f"the SLURM controller does not answer ({slurm.refusal(answers['partitions'])}); try again in a "
-            "minute: running jobs are not affected"
-        )
+        raise no_answer(answers["partitions"])
     cluster = Cluster()
     read_partitions(answers["partitions"].out, cluster)
     cluster.nodes = read_nodes(answers["nodes"].out)
     cluster.my_jobs = read_jobs(answers["jobs"].out)
     _read_limits(answers, cluster)
     return cluster
+
+
+def no_answer(answer: Answer) -> CommandError:
+    """Why nothing can be known: commands without a cluster, which no waiting helps, or a controller that is away."""
+    if "configuration source" in answer.err:
+        return UserError(
+            "SLURM's commands are installed here, but no cluster is configured (no slurm.conf, no SLURM_CONF); log in "
+            "to a cluster's login node, or: engaging practice up, or here: engaging launch --local"
+        )
+    return SlurmUnreachable(
+        f"the SLURM controller does not answer ({slurm.refusal(answer)}); try again in a minute: "
+        "running jobs are not affected"
+    )
 
 
 def my_jobs(ids: list[str] | None = None) -> list[Job]:

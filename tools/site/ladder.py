@@ -53,6 +53,7 @@ class Facts:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.slurm = slurm.available()
+        self.silent = ""
         self.data = Path(os.environ.get("DATA_ROOT") or root / "data")
 
     @cached_property
@@ -62,10 +63,11 @@ class Facts:
 
     @cached_property
     def cluster(self) -> Cluster | None:
-        """The cluster; None without SLURM, or when it does not answer."""
+        """The cluster; None without SLURM, or when it does not answer, for the reason in `silent`."""
         try:
             return ask_cluster() if self.slurm else None
-        except CommandError:
+        except CommandError as error:
+            self.silent = str(error)
             return None
 
     def queued(self, words: str) -> str:
@@ -81,7 +83,7 @@ def account(facts: Facts) -> Rung:
     if not facts.slurm:
         return Rung("account", "done", "no SLURM here: runs start on this machine")
     if facts.cluster is None:
-        return Rung("account", "failed", "the controller does not answer", "engaging doctor")
+        return Rung("account", "failed", facts.silent, "engaging doctor")
     names = facts.cluster.accounts()
     if names or facts.cluster.notes:
         return Rung("account", "done", ", ".join(names) or "no accounting here")

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, clock, list_of_names, minutes, name_of, whole, words
+from tools.args import Parser, add_request, clock, whole, words
 from tools.launch.presets import Target, resolve
 from tools.place import checkout
 from tools.site import grace, slurm
@@ -333,18 +333,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "preset", metavar="WHAT", help="nanogpt, gpt2, speedrun, or a preset of either trainer"
     )
-    parser.add_argument(
-        "--gpus", type=whole("--gpus", 0, 1024), default=1, help="GPUs on each node (default 1)"
+    add_request(
+        parser,
+        without=("mem", "reservation"),
+        partition="only these (commas)",
+        gpu_type="h200, h100, l40s ...; default: any",
     )
-    parser.add_argument("--gpu-type", type=name_of("--gpu-type"), help="h200, h100, l40s ...; default: any")
-    parser.add_argument("--nodes", type=whole("--nodes", 1, 1024), default=1, help="nodes (default 1)")
-    parser.add_argument(
-        "--cpus", type=whole("--cpus", 1, 4096), help="CPUs on each node; default: the site's"
-    )
-    parser.add_argument("--time", type=minutes("--time"), help="time limit: 6h, 90m, 2-00:00:00")
     parser.add_argument("--seeds", type=whole("--seeds", 1, 10000), default=1, help="runs of the same thing")
-    parser.add_argument("--partition", type=list_of_names("--partition"), help="only these (commas)")
-    parser.add_argument("--account", type=name_of("--account"))
-    parser.add_argument("--qos", type=name_of("--qos"), help="name it together with --account")
     parser.add_argument("--json", action="store_true")
     return parser

@@ -4,7 +4,6 @@
     engaging config set account mit_general  into your own file, ~/.config/engaging/config.toml
     engaging config unset account
     engaging config scratch                  data and checkpoints on the scratch folder, from now on
-    engaging config --shell                  NAME=value lines for scripts, which read them and never eval
 
 A setting is looked up in this order: the command's flag, the environment, your file, the lab's file (named by `lab` in
 yours or by $ENGAGING_LAB), the table [settings] of the site's file. The first that has it wins.
@@ -236,7 +235,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("action", nargs="?", choices=["show", "set", "unset", "scratch"], default="show")
     parser.add_argument("key", nargs="?", metavar="KEY", help=", ".join(SETTINGS))
     parser.add_argument("value", nargs="?", metavar="VALUE")
-    parser.add_argument("--shell", action="store_true", help="NAME=value lines, for scripts")
     args = parser.read(argv)
     if (args.action in ("set", "unset")) != (args.key is not None) or (args.action == "set") != (
         args.value is not None
@@ -254,18 +252,14 @@ def main(argv: list[str]) -> int:
         path = change(args.key, value)
         print(f"{path}: {args.key} {'taken out' if value is None else f'= {value}'}")
     else:
-        _show(args.shell)
+        _show()
     return 0
 
 
-def _show(for_shell: bool) -> None:
+def _show() -> None:
     from tools.site.profile import current_site
 
     found = resolve(current_site(checkout()).path)
-    if for_shell:
-        for key, row in found.items():
-            print(f"{SETTINGS[key].variables[0]}={row.value}")
-        return
     width = max((len(row.value) for row in found.values()), default=1)
     for key, setting in SETTINGS.items():
         row = found.get(key)

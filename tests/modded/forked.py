@@ -24,7 +24,11 @@ def main(argv: list[str]) -> int:
     name, *words = argv
     trainer = importlib.import_module(f"modded_nanogpt.{name}")
     if name != "train_gpt_simple":
-        rundir.enter_copy = lambda folder, entry: None  # its main goes on with that folder
+
+        def train(folder: Path, entry: str) -> None:
+            raise SystemExit(trainer.go_on(folder, []))
+
+        rundir.enter_copy = train
         return trainer.main(words)
     from modded_nanogpt import simple_launch, variants
 

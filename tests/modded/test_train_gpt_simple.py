@@ -335,3 +335,38 @@ def test_help_does_not_import_torch(data):
     )  # fmt: skip
     assert done.returncode == 0 and "--variant" in done.stdout and "| torch" not in done.stderr
     assert "historical, simple, tiny" in done.stdout and VOCAB and FLAGS
+
+
+def test_a_variant_brings_an_optimizer_of_its_own_and_resumes_exactly(fork, tmp_path):
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    finished(fork(f"--out_dir={whole}", "--variant=adamw"))
+    found = losses(whole)
+    assert found["val", STEPS] < found["val", 0] - 0.1
+    halved.mkdir()
+    (halved / "stop").touch()
+    finished(fork(f"--out_dir={halved}", "--variant=adamw"), status=75)
+    (halved / "stop").unlink()
+    finished(fork(f"--out_dir={halved}", "--variant=adamw", "--auto_resume=true"))
+    assert losses(halved) == found and records(halved, "resume")
+
+
+def test_a_run_stops_early_on_its_whole_schedule(fork, planned, tmp_path):
+    out = tmp_path / "early"
+    finished(fork(f"--out_dir={out}", "--seed=1", "--stop_step=4", "--val_steps=1,2", "--val_loss_every=0"))
+    whole, found = losses(planned[0] / "muon"), losses(out)
+    training = {key: loss for key, loss in found.items() if key[0] == "train"}
+    assert len(training) == 4 and training.items() <= whole.items()
+    assert [line["step"] for line in records(out, "val")] == [1, 2, 4]
+    assert records(out, "end")[0]["step"] == 4 and records(out, "end")[0]["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--stop_step=7",), "--stop_step=7: more than --num_iterations=6"),
+        (("--val_steps=1,x",), "--val_steps=1,x: 'x' is no step"),
+        (("--val_steps=5", "--stop_step=4"), "--val_steps=5: the run ends after step 4, before 5"),
+    ],
+)
+def test_steps_that_cannot_be(refuse, flags, why):
+    assert why in refuse(*flags)

@@ -109,7 +109,6 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """
     clone = run_kit.make_clone(tmp_path_factory.mktemp("docs") / "clone")
     shutil.copytree(ROOT / "modded_nanogpt", clone / "modded_nanogpt")
-    shutil.copytree(ROOT / "slurm", clone / "slurm")
     (clone / "tests/faults").mkdir(parents=True)
     shutil.copy(ROOT / "tests/faults/zygote.py", clone / "tests/faults")
     for name in ("shakespeare_char", "python_source"):

@@ -10,11 +10,12 @@
 The record code (modded-nanogpt at record 89, adapted to torch 2.11) was measured on one H100 80GB HBM3: 242 / 441 /
 650 ms a step in stages of 35 steps, 50.9 s in all, 4.0782 on the first 1,835,008 validation tokens, 39.4 GiB.
 
-`start-up` in the table is the time from launch to the clock's start, with this node's compile caches as they are.
+All seeds are trained by one process after one compilation (`--runs`). `start-up` in the table is the first one's time
+from launch to the clock's start, with this node's compile caches as they are; `between` the time from one run's end to
+the next one's start. `first 25 steps` are seconds on the clock. That a run compiles after its start is an error.
 `--cold=true` first starts three times with folders of its own: `cold`, nothing compiled before; `another node`, only
-the archive that the first one packed; `same node`, the second one's folders, which the runs then use as well. Each is
-ended at its first step. A start or run that fails is named, and the others go on. Checkpoints go. A run takes
-about two minutes, the three starts about four, a cold start before the first run up to two and a half.
+the archive that the first one packed; `same node`, the second one's folders, which the runs then use as well. Each has
+one step of each kind. A start that fails is named, and the others go on. Checkpoints go.
 
 `--dataset` is a folder of shards; with one training shard the run begins it again when it is used up, as the record's
 did there.
@@ -43,6 +44,7 @@ VAL_TOKENS = 1_835_008
 RECORD = {"stage 1": 242.0, "stage 2": 441.0, "stage 3": 650.0, "seconds": 50.9, "loss": 4.0782, "GiB": 39.4}
 STAGES = {131_072: "stage 1", 262_144: "stage 2", 393_216: "stage 3", 327_680: "taper"}  # by tokens of a step
 SHOWN_LINES = 60  # of a run that failed
+FIRST_SEED, FIRST_STEPS = 1337, 25
 SKIPPED = 3  # steps at the beginning of a stage, while the CPU is not yet ahead
 
 
@@ -61,13 +63,13 @@ class Options:
     plot: str = knob("", "write the loss curves of the runs to this PNG")
 
 
-def command_of(options: Options, seed: int, folder: Path) -> list[str]:
+def command_of(options: Options, runs: int, folder: Path) -> list[str]:
     """The trainer's command line."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
                 f"--nproc_per_node={options.gpus}"]  # fmt: skip
     return [
         sys.executable, *(launcher if options.gpus > 1 else []), "-m", "modded_nanogpt.train_gpt",
-        f"--dataset={Path(options.dataset).resolve()}", f"--out_dir={folder}", f"--seed={seed}",
+        f"--dataset={Path(options.dataset).resolve()}", f"--out_dir={folder}", f"--runs={runs}",
         f"--steps={options.steps}", f"--extension_steps={options.extension}", f"--eval_tokens={VAL_TOKENS}",
         "--data_passes=9", "--save_minutes=0", "--eval_interval=35", "--overwrite=true", *shlex.split(options.flags),
     ]  # fmt: skip
@@ -96,35 +98,30 @@ def folders(disk: Path) -> dict[str, str]:
 
 
 def start_up(options: Options, variables: dict[str, str], archives: Path) -> tuple[float, list[str]]:
-    """(seconds from launch to the clock's start, what the log says of them). The run is ended at its first step."""
+    """(seconds from launch to the clock's start, what the log says of them). The run has one step of each kind."""
     folder = Path(options.out_dir).absolute() / "start-up"
-    command = [*command_of(options, 1337, folder), f"--compile_cache={archives}"]
-    began, started = time.time(), False
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=errors
-        )
-        while process.poll() is None:
-            time.sleep(0.2)
-            metrics = folder / "metrics.jsonl"
-            if metrics.exists() and metrics.stat().st_mtime >= began and '"start"' in metrics.read_text():
-                started = True
-                end_run(options, process, folder)
-        if not started:
-            raise CommandError(f"failed: {what_it_said(errors)}")
+    command = [
+        *command_of(options, 1, folder),
+        f"--compile_cache={archives}",
+        "--steps=4",
+        "--extension_steps=1",
+    ]
+    began = time.time()
+    launch(command, variables)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     event = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     lines = (folder / "log.txt").read_text().rpartition("\nend of source\n")[2].splitlines()
     return event["time"] - began, [line for line in lines if line.startswith(("compile caches:", "warm-up"))]
 
 
-def end_run(options: Options, process: subprocess.Popen, folder: Path) -> None:
-    """End a run that has begun; one rank at once, without its checkpoint of several GB."""
-    if options.gpus == 1:
-        process.kill()
-    else:  # torchrun's ranks would outlive it
-        (folder / "stop").touch()
-    process.wait()
+def launch(command: list[str], variables: dict[str, str]) -> None:
+    """Run the trainer to its end. CommandError with its own words when it fails."""
+    with tempfile.TemporaryFile("w+") as errors:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=errors
+        )
+        if done.returncode:
+            raise CommandError(f"status {done.returncode}: {what_it_said(errors)}")
 
 
 def what_it_said(errors: IO[str]) -> str:
@@ -135,23 +132,33 @@ def what_it_said(errors: IO[str]) -> str:
     return " / ".join(([line for line in lines if "rror: " in line] or lines)[-3:])  # torchrun's come last
 
 
-def run_once(options: Options, seed: int, variables: dict[str, str]) -> dict[str, float]:
-    """One run: loss, seconds on the clock, milliseconds a step by stage, seconds until the first step, memory."""
-    folder = Path(options.out_dir).absolute() / f"seed-{seed}"
-    command, began = command_of(options, seed, folder), time.time()
-    with tempfile.TemporaryFile("w+") as errors:
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=errors
-        )
-        if done.returncode:
-            raise CommandError(f"status {done.returncode}: {what_it_said(errors)}")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 6 GB a run that nobody goes on with
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
+def run_all(options: Options, variables: dict[str, str]) -> list[dict[str, float]]:
+    """Train the seeds; of each `numbers_of` it. CommandError when the process fails or a run compiled too late."""
+    place = Path(options.out_dir).absolute()
+    folders = [place / f"seed-{seed}" for seed in range(FIRST_SEED, FIRST_SEED + options.seeds)]
+    command = command_of(options, options.seeds, place if options.seeds > 1 else folders[0])
+    began = time.time()
+    launch(command, variables)
+    found, before = [], {"start-up": began}
+    for folder in folders:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a GB or more that nobody goes on with
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found.append(numbers_of(options, events, before))
+        before = {"between": events[-1]["time"]}
+    return found
+
+
+def numbers_of(options: Options, events: list[dict], before: dict[str, float]) -> dict[str, float]:
+    """Loss, seconds on the clock, ms a step by stage, memory, and seconds from the time in `before` to the start."""
     steps = [event for event in events if event["event"] == "train"]
     (start,) = [event for event in events if event["event"] == "start"]
     (end,) = [event for event in events if event["event"] == "end"]
-    found = {"loss": end["val_loss"], "seconds": end["train_ms"] / 1e3, "start-up": start["time"] - began}
+    if end["compiled"]:
+        raise CommandError(f"{end['compiled']} graphs were compiled after the clock's start")
+    found = {"loss": end["val_loss"], "seconds": end["train_ms"] / 1e3}
+    found |= {name: start["time"] - since for name, since in before.items()}
+    if len(steps) > FIRST_STEPS:
+        found["first 25 steps"] = steps[FIRST_STEPS - 1]["train_ms"] / 1e3
     for name, of_stage in by_stage(steps[: options.steps]).items():
         ms = statistics.mean(event["ms"] for event in of_stage)
         found |= {name: ms, f"{name}, tokens/s": 1e3 * of_stage[0]["size"] / ms}
@@ -187,22 +194,13 @@ def main(argv: list[str]) -> None:
         f"{torch.cuda.get_device_name()} x {options.gpus}, torch {torch.__version__}, flags: {options.flags or 'none'}",
         flush=True,
     )
-    runs, failures = [], []
+    failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="nanogpt-cold-") as disks:
         variables = print_start_ups(options, Path(disks), failures) if options.cold else {}
-        for seed in range(1337, 1337 + options.seeds):
-            try:
-                runs.append(run_once(options, seed, variables))
-            except CommandError as error:
-                failures.append(f"seed {seed}: {error}")
-                print(failures[-1], flush=True)
-                continue
-            print(
-                f"seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in runs[-1].items()),
-                flush=True,
-            )
-    if runs:
-        print_table(options, runs)
+        runs = run_all(options, variables)
+    for seed, run in enumerate(runs, FIRST_SEED):
+        print(f"seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in run.items()))
+    print_table(options, runs)
     if failures:
         raise CommandError(f"{len(failures)} of the starts failed: {failures[0]}")
     if options.plot:
@@ -211,7 +209,8 @@ def main(argv: list[str]) -> None:
 
 def print_table(options: Options, runs: list[dict[str, float]]) -> None:
     """The runs' means beside the record code's figures."""
-    mean = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
+    names = dict.fromkeys(name for run in runs for name in run)
+    mean = {name: statistics.mean(run[name] for run in runs if name in run) for name in names}
     print(f"\n{'':20} {'ours':>12} {'record':>10} {'ratio':>7}")
     for name, value in mean.items():
         theirs = RECORD.get(name)
@@ -227,7 +226,7 @@ def plot(options: Options) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for seed in range(1337, 1337 + options.seeds):
+    for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
         lines = (Path(options.out_dir) / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()
         events = [json.loads(line) for line in lines]
         training = [(event["step"], event["loss"]) for event in events if event["event"] == "train"]

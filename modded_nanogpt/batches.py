@@ -27,6 +27,7 @@ __all__ = ["Batch", "TrainBatches", "ValBatches", "tokens_needed"]
 # static) and short (some attention kernels take longer for every entry).
 BOUNDARIES = {16_384: 64, 32_768: 96, 40_960: 128, 49_152: 128}
 USUAL_DOCUMENT = 300  # tokens; for other lane sizes
+TEXT_MULTIPLE = 128  # tokens of `text_batch`
 STEP = 32  # a text with more documents than expected gets so many entries more, as often as needed
 
 BIGRAM_FACTORS = (36_313, 27_191)  # of a token and of the one before it, for the bigram hash
@@ -116,6 +117,10 @@ class TrainBatches:
         """Where the step after the last whole one begins, as JSON."""
         return {"step": self._next_step, **self.plan.position(self._next_step)}
 
+    def restart(self) -> None:
+        """Go on with step 0."""
+        self._next_step, self._ahead = 0, None
+
     def restore(self, state: dict[str, int]) -> str:
         """Go on after a checkpoint with that `state`; returns a line to log when the data is not what it was."""
         self._next_step, self._ahead = int(state["step"]), None
@@ -128,12 +133,7 @@ class TrainBatches:
         stage = self.stages[self._stage_of[step]]
         lane, size = self.layout.lane(micro_step, self.rank), stage.batch_tokens // self.layout.lanes
         index = int(self.plan.shard[step])
-        first, after = self.plan.first[step, lane : lane + 2]
-        documents = self.plan.documents[index]
-        starts = documents.starts[first:after]
-        ends = np.append(documents.starts[first + 1 : after + 1], documents.num_tokens)[: len(starts)]
-        lengths = np.minimum(ends - starts, stage.max_document)
-        lengths[-1] -= lengths.sum() - (size + 1)
+        starts, lengths = self.plan.pieces(step, lane, size, stage.max_document)
         tokens = self._tokens(index)
         classes = schedule.sampled_classes(self.config, step)
         pieces = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
@@ -221,6 +221,15 @@ def blank_batch(
     """A lane of one document of `tokens` tokens 0, shaped like any other: for compiling."""
     packer, zeros = _Packer(config, device.type == "cuda"), np.zeros(tokens + 1, np.uint16)
     return packer.pack(zeros, np.array([tokens]), num_boundaries, max_document).to(device)
+
+
+def text_batch(config: Config, tokens: list[int], device: torch.device) -> Batch:
+    """One document of `tokens` as inputs, and a second one of tokens 0 behind it up to a size that kernels take."""
+    size = -(-len(tokens) // TEXT_MULTIPLE) * TEXT_MULTIPLE
+    padded = np.zeros(size + 1, np.uint16)
+    padded[: len(tokens)] = tokens
+    ends = np.unique([len(tokens), size])
+    return _Packer(config, device.type == "cuda").pack(padded, ends, 3, size).to(device)
 
 
 def bigram_rows(tokens: np.ndarray, rows: int) -> np.ndarray:

@@ -47,6 +47,7 @@ from nanogpt.common.compiler import FOLDERS, code_digest
 LARGEST = 2 << 30  # bytes of one archive's files; the newest files come first
 MOST_ARCHIVES, MOST_BYTES = 8, 4 << 30  # that stay in the folder
 MOST_FILES, LARGEST_MANIFEST = 100_000, 32 << 20
+NEW_PART = 0.01  # of the files, that must be new for an archive to be worth its seconds
 TRIES = 3  # archives that are looked at, when the first ones cannot be used
 LEFT_SECONDS = 24 * 3600  # after which a temporary file's writer is no more
 _ID = 12  # hex digits of each part of a name
@@ -124,6 +125,9 @@ class CompileCache:
                     self.say(f"already there ({len(manifest.files):,} files, {which})")
                     return
                 self._unpack(manifest, missing)
+            except FileNotFoundError as error:
+                if path.exists():  # else a job beside this one has put a better one in its place
+                    self.say(f"note: {path.with_suffix('.tar.gz')}: cannot be used ({error}); left alone")
             except _UNREADABLE as error:
                 self.say(f"note: {path.with_suffix('.tar.gz')}: cannot be used ({error}); left alone")
             except Unusable as error:
@@ -150,7 +154,7 @@ class CompileCache:
         return self.local["inductor"] / f"graphs-{digest}"
 
     def keep(self, graphs: str = "") -> None:
-        """Pack this node's caches, if they hold what the best archive does not; remove archives beyond the limits.
+        """Pack this node's caches, if they hold more than the best archive does; remove archives beyond the limits.
 
         graphs: what a run has now compiled, for `holds`.
         """
@@ -167,7 +171,7 @@ class CompileCache:
                     break
             files = self._newest_files()
             new = sum(name not in known for name in files)
-            if not new:
+            if new < NEW_PART * len(files) or not new:
                 return
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             size = sum(path.stat().st_size for path in files.values())

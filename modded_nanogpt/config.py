@@ -27,7 +27,7 @@ FREE = frozenset(
         "eval_interval", "eval_tokens", "eval_slice", "target_loss", "save_interval", "save_minutes",
         "keep_checkpoints", "log_interval", "wandb_log", "wandb_project", "wandb_run_name",
         "device", "attention", "compile", "backend", "deterministic", "num_threads", "warmup", "memory_gib",
-        "compile_cache", "capture",
+        "compile_cache", "capture", "runs",
     ]
 )  # fmt: skip
 
@@ -72,6 +72,12 @@ class Config:
     data_passes: int = knob(1, "how often the training data may be gone through; a record reads it once", low=1,
                             high=10**6)  # fmt: skip
     seed: int = knob(1337, "of the weights", low=0, high=(1 << 31) - 1)
+    runs: int = knob(
+        1,
+        "this many seeds from --seed on, one after the other and compiled once, in out_dir/seed-N",
+        low=1,
+        high=1000,
+    )
     # Optimizers.
     muon_lr: float = knob(0.023, "base learning rate of Muon", low=0.0, high=1e3)
     adam_lr: float = knob(0.008, "base learning rate of Adam", low=0.0, high=1e3)
@@ -152,7 +158,7 @@ class Config:
     fp8_up: bool = knob(True, "... in the MLPs' up-projections")
     fp8_down: bool = knob(True, "... in the MLPs' down-projections")
     fp8_backward: bool = knob(
-        False, "... and in the four products of the MLPs' backward pass (beyond record 89)"
+        True, "... and, with these two, in the four products of the MLPs' backward pass"
     )
     fp8_qkv: bool = knob(
         False, "... in the three products of the projections to Q, K and V (beyond record 89)"
@@ -160,7 +166,7 @@ class Config:
     memory_gib: float = knob(0.0, "GPU memory to do with, as on a smaller GPU; 0: all", low=0.0, high=1e6)
     compile: str = knob("auto", "torch.compile: true, false, or auto (on a GPU only)",
                         choices=("auto", "true", "false"))  # fmt: skip
-    capture: str = knob("false", "lanes as CUDA graphs: true, false, or auto (on a GPU only)",
+    capture: str = knob("auto", "lanes as CUDA graphs: true, false, or auto (on a GPU only)",
                         choices=("auto", "true", "false"))  # fmt: skip
     warmup: bool = knob(True, "compile and warm up before the clock starts, then begin with fresh weights")
     compile_cache: str = knob("", "folder that keeps packed compile caches for later jobs; default: compile-caches "
@@ -281,8 +287,6 @@ def _check_techniques(config: Config) -> None:
         raise UserError("--capture=true: graphs are recorded in the warm-up; leave out --warmup=false")
     if config.fp8 == "force" and not (config.fp8_head or config.fp8_up or config.fp8_down or config.fp8_qkv):
         raise UserError("--fp8=force: nothing is left to compute with it; switch on --fp8_head, _up or _down")
-    if config.fp8_backward and not (config.fp8_up and config.fp8_down):
-        raise UserError("--fp8_backward=true: takes what --fp8_up and --fp8_down leave; switch both on")
     if config.key_offset and not config.half_rope:
         raise UserError(
             "--half_rope=false: the key offset needs the unrotated half of each head; add --key_offset=false"

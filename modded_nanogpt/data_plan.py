@@ -59,6 +59,19 @@ class DataPlan:
             return {"shard": int(self.shard[step]), "document": int(self.first[step, 0])}
         return {"shard": int(self.shard[-1]), "document": int(self.first[-1, -1])}
 
+    def pieces(self, step: int, lane: int, inputs: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """(where in their shard they begin, how long they are) of the documents of one lane: inputs + 1 tokens in all.
+
+        limit: the stage's longest document, in tokens.
+        """
+        first, after = self.first[step, lane : lane + 2]
+        documents = self.documents[int(self.shard[step])]
+        starts = documents.starts[first:after]
+        ends = np.append(documents.starts[first + 1 : after + 1], documents.num_tokens)[: len(starts)]
+        lengths = np.minimum(ends - starts, limit)
+        lengths[-1] -= lengths.sum() - (inputs + 1)
+        return starts, lengths
+
     def describe(self, token_set: TokenSet, config: Config) -> str:
         """One line for the log."""
         trained = sum((stage.end - stage.start) * stage.batch_tokens for stage in schedule.stages(config))
@@ -117,6 +130,32 @@ def check_validation(token_set: TokenSet, config: Config) -> None:
             f"{token_set.folder}: validation has {there:,} tokens ({names}), --eval_tokens={config.eval_tokens} needs "
             f"{config.eval_tokens + 1:,}; pass --eval_tokens={max(1, (there - 1) // 128 * 128)}, or another --dataset"
         )
+
+
+def check_targets(plan: DataPlan, token_set: TokenSet, config: Config) -> None:
+    """UserError when a lane has more different tokens than a step with sampled softmax scores.
+
+    FineWeb has not, so its tokens are not read for this.
+    """
+    if not config.sampled_softmax or token_set.name in SETS:
+        return
+    lanes = lane_count(config)
+    for stage in schedule.stages(config):
+        size = stage.batch_tokens // lanes
+        for step in range(stage.start, stage.end):
+            classes, tokens = (
+                schedule.sampled_classes(config, step),
+                token_set.shards_train[plan.shard[step]].tokens(),
+            )
+            for lane in range(lanes if classes else 0):
+                pieces = zip(*plan.pieces(step, lane, size, stage.max_document), strict=True)
+                lane_tokens = np.concatenate([tokens[at : at + length] for at, length in pieces])
+                found = np.count_nonzero(np.bincount(lane_tokens))
+                if found > classes:
+                    raise UserError(
+                        f"--sampled_softmax=true: {token_set.folder}: a lane of step {step} has {found:,} different "
+                        f"tokens, and {classes:,} are scored; pass --lanes={2 * lanes}, or --sampled_softmax=false"
+                    )
 
 
 def plan_data(token_set: TokenSet, config: Config) -> DataPlan:

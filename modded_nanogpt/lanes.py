@@ -19,6 +19,7 @@ from modded_nanogpt.clock import to_device
 from modded_nanogpt.config import Config
 from modded_nanogpt.fast.capture import Recorder
 from modded_nanogpt.kernels.cross_entropy import eval_losses
+from modded_nanogpt.kernels.reference.cross_entropy import soft_cap
 from modded_nanogpt.model import Rows, SpeedrunModel
 from modded_nanogpt.optim.sharded import Optimizer
 from modded_nanogpt.schedule import StepPlan
@@ -52,6 +53,11 @@ class State:
     )  # where replayed gradients of parameters add up, one each
     progress: dict[str, Any] = field(default_factory=lambda: dict(NEW_PROGRESS))
     resumed: bool = False
+
+    def start_again(self) -> None:
+        """Nothing of the run before remains but its weights, which the next one replaces."""
+        self.optimizer.reset()
+        self.progress, self.resumed = dict(NEW_PROGRESS), False
 
 
 def lane_residual(
@@ -219,6 +225,15 @@ def eval_lane(state: State, batch: Batch, tied: bool, windows: tuple[int, int]) 
         state.model, rows, batch.sign_rows, batch.targets, batch.cu_seqlens, batch.max_document,
         *_windows(*windows), state.allowed, batch.inputs,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def next_logits(state: State, batch: Batch, place: int, tied: bool, windows: tuple[int, int]) -> Tensor:
+    """(V,) float32: the capped logits of the token after input `place`, for sampling."""
+    model, rows = state.model, look_up(state.model, batch, tied, train=False)
+    documents = _documents(batch.cu_seqlens, batch.inputs.numel(), batch.max_document)
+    x = model(rows, batch.sign_rows, documents, _windows(*windows), False)[place]
+    return soft_cap((model.head @ x).float(), losses.softcap(model.config))
 
 
 def _windows(short: int, long: int) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,8 @@ if TYPE_CHECKING:
     from modded_nanogpt.config import Config
 
 VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to a multiple of it for the matrix units
-PRE, POST = (
-    0,
-    1,
-)  # the two gate networks: on the embedding, and on the residual at the start of a middle layer
+# The two gate networks: on the embedding, and on the residual at the start of a middle layer.
+PRE, POST = 0, 1
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,7 @@ class Layer:
     qk_width: int = 0  # of each head's queries and keys: the first so many rows of those in the bank
     v_width: int = 0  # of each head's values
     window: str = "short"  # or "long": see `schedule`
-    rotary: str = (
-        "long"  # which tables turn its queries and keys: those that follow the short or the long window
-    )
+    rotary: str = "long"  # the tables that turn its queries and keys follow the "short" or the "long" window
     mlps: tuple[int, ...] = ()  # slots of the MLP bank; two MLPs read the same input
     paired: bool = False  # heads in pairs share a softmax
     key_offset: bool = False  # the unrotated half of each key is the previous token's
@@ -216,15 +212,9 @@ def layers(config: "Config") -> tuple[Layer, ...]:
         cut = config.depth_cut and index in table.cut_attention
         attention = not cut and (index not in table.without_attention or config.attention_at_6)
         mlp = () if config.depth_cut and index in table.cut_mlp else (mlps,)
-        layer = Layer(
-            index,
-            mlps=mlp,
-            skip_from=_skip_into(table, config, index),
-            inject=_injected(table, config, index),
-        )
-        found.append(
-            _with_attention(layer, table, config, banks) if attention else replace(layer, attention=False)
-        )
+        skip, inject = _skip_into(table, config, index), _injected(table, config, index)
+        layer = Layer(index, attention, mlps=mlp, skip_from=skip, inject=inject)
+        found.append(_with_attention(layer, table, config, banks) if attention else layer)
         banks, mlps = banks + attention, mlps + len(mlp)
     read = _outputs_read(table, config)
     found = [replace(layer, keep_output=layer.index in read) for layer in found]
@@ -242,10 +232,8 @@ def mlp_count(config: "Config") -> int:
 def matrix_weights(config: "Config") -> int:
     """How many weights of layers' matrices one token meets: for the count of operations."""
     found = size(config)
-    attention = (
-        sum(2 * layer.qk_width + 2 * layer.v_width for layer in layers(config)) * found.heads * found.width
-    )
-    return attention + 2 * mlp_count(config) * found.mlp_width * found.width
+    columns = sum(2 * layer.qk_width + 2 * layer.v_width for layer in layers(config)) * found.heads
+    return columns * found.width + 2 * mlp_count(config) * found.mlp_width * found.width
 
 
 def softmax_scales(config: "Config") -> dict[str, float]:
@@ -330,9 +318,7 @@ def gate_width(config: "Config") -> int:
     return max((gate.start + gate.width for tier in gates(config) for gate in tier), default=0)
 
 
-ROOT_OF_GROWTH = math.sqrt(
-    1.1
-)  # the residual's own weight, one for attention and one for the MLP of each layer
+ROOT_OF_GROWTH = math.sqrt(1.1)  # the residual's own weight, for attention and for the MLP of each layer
 
 # The outputs of the first MUDD network in order: (name, value at the start). Where each goes stands before the "_",
 # what it weighs behind it: c0, c3, c7, c9 are the residuals at the model's input, after layers 3 and 7, and before

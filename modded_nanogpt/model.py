@@ -161,9 +161,9 @@ class SpeedrunModel(nn.Module):
             self.mudd_b2[1, self.end_sources.index(BACKED_OUT)] = BACKOUT_START / MUDD_SCALE
         self._init_gates()
         if hasattr(self, "signs"):
-            self.signs.copy_(
-                torch.randint(0, 2, self.signs.shape, generator=generator, device=self.signs.device)
-            )
+            # On the CPU, so that they are the same on every device: no checkpoint holds them.
+            drawn = torch.Generator().manual_seed(seed)
+            self.signs.copy_(torch.randint(0, 2, self.signs.shape, generator=drawn, dtype=torch.int8))
             self.signs.mul_(2).sub_(1)
 
     def _init_gates(self) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import sys
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def describe(config: Config, plan: Plan, state: State, ranks: Ranks) -> list[str
         ("head", state.fp8_head),
         ("up", state.fp8_mlp and config.fp8_up),
         ("down", state.fp8_mlp and config.fp8_down),
-        ("the MLPs' backward pass", state.fp8_mlp and config.fp8_backward),
+        ("the MLPs' backward pass", state.fp8_mlp and state.model.fp8.down_by_row is not None),
         ("Q, K and V", state.model.fp8_qkv),
     ]
     in_fp8 = [name for name, on in parts if on]
@@ -35,6 +36,12 @@ def describe(config: Config, plan: Plan, state: State, ranks: Ranks) -> list[str
         f"attention: {state.backend.name} ({state.backend.why})",
         f"unlike the record: {', '.join(changed) or 'nothing'}",
     ]
+
+
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made in this process."""
+    module = sys.modules.get("torch._dynamo.utils")
+    return int(module.counters["stats"]["unique_graphs"]) if module else 0
 
 
 def closing_lines(plan: Plan, progress: dict[str, Any], against: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from modded_nanogpt import attention_backends, layer_plan, schedule
 from modded_nanogpt.batches import TrainBatches, ValBatches
 from modded_nanogpt.clock import Clock
 from modded_nanogpt.compile_cache import CompileCache, environment
-from modded_nanogpt.config import FREE, Config
+from modded_nanogpt.config import FREE, Config, resolve
 from modded_nanogpt.fast.capture import Recorder
 from modded_nanogpt.kernels import fp8
 from modded_nanogpt.kernels.mlp import Fp8Mlp
@@ -35,11 +36,12 @@ from modded_nanogpt.model import SpeedrunModel
 from modded_nanogpt.model_medium import MediumModel, SnapshotModel
 from modded_nanogpt.optim.sharded import Optimizer
 from modded_nanogpt.precompile import Ahead, Graph, graphs, worth_it
+from modded_nanogpt.report import describe
 from nanogpt.common.errors import NonFiniteError, UserError
 from nanogpt.common.ranks import Ranks
 from nanogpt.common.rundir import RunDir
-from nanogpt.common.shards import data_root
-from nanogpt.common.training import latest_checkpoint, repeat_exactly, write_checkpoint
+from nanogpt.common.shards import TokenSet, data_root
+from nanogpt.common.training import checked_tokens, latest_checkpoint, repeat_exactly, write_checkpoint
 
 # By `layer_plan.Size.make`.
 MODELS = {
@@ -51,6 +53,45 @@ MODELS = {
 # Graphs that may be compiled: one a lane size, and tests with many; attention windows are no part of a graph.
 GRAPHS = 64
 NOT_IN_GRAPHS = {"seed", *FREE} - {"attention", "compile", "deterministic"}
+
+
+class Prepared(NamedTuple):
+    """What the runs of one process share: compiled and warm, with meaningless weights until `start_or_resume`."""
+
+    state: State
+    batches: TrainBatches
+    val_batches: ValBatches
+    token_set: TokenSet
+    keep_caches: Callable[[], None]  # packs what was compiled for later jobs; takes seconds
+
+
+def prepare(run: RunDir, config: Config, ranks: Ranks, before: Prepared | None) -> Prepared:
+    """Everything that comes before the weights. `before`: of another seed's run in this process, which has the same."""
+    plan, place = resolve(config, ranks.world_size), (ranks.rank, ranks.world_size, ranks.device)
+    token_set = before.token_set if before else checked_tokens(config, ranks, run.say)
+    run.say(f"{token_set.folder}: {token_set.num_tokens('train'):,} training tokens, checked")
+    if before:
+        before.state.start_again()
+        before.batches.restart()
+        for line in describe(config, plan, before.state, ranks):
+            run.say(line)
+        run.say("warm-up: that of the process's first run; this one starts from fresh weights as well")
+        return before
+    caches = restore_caches(config, run, ranks)
+    batches, val_batches = TrainBatches(token_set, config, *place), ValBatches(token_set, config, *place)
+    needed = graphs(config, batches, val_batches)
+    ahead = compile_ahead(config, run, ranks, caches, needed)
+    state = build(config, ranks)
+    for line in describe(config, plan, state, ranks):
+        run.say(line)
+    if config.warmup:
+        warm_up(config, state, ranks, batches, val_batches, run.say, ahead)
+
+    def keep_caches() -> None:
+        if config.warmup and caches and ranks.is_main:
+            caches.keep(graphs_key(config, needed))
+
+    return Prepared(state, batches, val_batches, token_set, keep_caches)
 
 
 def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor") -> State:
@@ -73,7 +114,8 @@ def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor
     if compile_with == "inductor":
         optimizer = Optimizer(dict(model.named_parameters()), config, ranks, device)
     if low_precision.mlp and (config.fp8_up or config.fp8_down):
-        model.fp8 = Fp8Mlp(model.mlp_bank, config.fp8_up, config.fp8_down, config.fp8_backward)
+        backward = config.fp8_up and config.fp8_down and config.fp8_backward
+        model.fp8 = Fp8Mlp(model.mlp_bank, config.fp8_up, config.fp8_down, backward)
     model.fp8_qkv = low_precision.head and config.fp8_qkv
     compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
     train_graph, eval_graph = lane_residual, lane_losses
@@ -115,10 +157,14 @@ def record_graphs(
 
 
 @torch.no_grad()
-def _randomize(state: State) -> None:
-    """Weights of the warm-up: finite, and none of them zero, so that no gradient is."""
+def _randomize(state: State, seed: int) -> None:
+    """Weights of the warm-up: those of step 0 and a little noise, so that none is zero and no gradient is.
+
+    Noise alone shrinks the residual in every layer, and its gradients may grow beyond every number.
+    """
+    state.model.init_weights(seed)
     for parameter in state.model.parameters():
-        parameter.normal_(0.0, 0.02)
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
     if state.fp8_mlp:  # the scales' memory may hold anything: no lane is to compute with NaN
         state.model.fp8.refresh(exact=True)
 
@@ -188,7 +234,7 @@ def warm_up(
     """
     beginning = batches.state()
     *lane_graphs, eval_graph = graphs(config, batches, val_batches)
-    _randomize(state)
+    _randomize(state, config.seed)
     began = time.perf_counter()
     for graph in lane_graphs:
         if ahead:
@@ -208,7 +254,7 @@ def warm_up(
             sizes.add((step.batch_tokens, step.classes))
             train_lane(state, ranks, batches.get(step.step, 0), step)
     state.optimizer.reset()
-    _randomize(state)  # a dozen steps at any rate have left weights with which a backward pass may overflow
+    _randomize(state, config.seed)  # after a dozen steps at any rate a backward pass may overflow
     record_graphs(config, state, ranks, batches, say)
     if ahead:
         ahead.wait(eval_graph)
@@ -235,8 +281,14 @@ def start_or_resume(config: Config, state: State, run: RunDir, ranks: Ranks, bat
     checkpoint = latest_checkpoint(run, ranks)
     if checkpoint is not None:
         state.model.load_state_dict(checkpoint.tensors("model"), strict=True)
-        state.optimizer.load(checkpoint.tensors("optimizer"), str(checkpoint.path))
-        saved = checkpoint.state
+        saved, optimizer = checkpoint.state, checkpoint.tensors("optimizer")
+        if optimizer:
+            state.optimizer.load(optimizer, str(checkpoint.path))
+        elif saved["step"] < schedule.total_steps(config):
+            raise UserError(
+                f"{checkpoint.path}: the end of a shorter run, saved without the optimizer's state; to train longer, "
+                "start another run with these --steps"
+            )
         state.progress |= {key: math.inf if saved[key] is None else saved[key] for key in NEW_PROGRESS}
         state.resumed = True
         changed = batches.restore(saved["batches"])
@@ -259,12 +311,18 @@ def refresh_fp8(state: State, ranks: Ranks, exact: bool) -> None:
     state.model.fp8.refresh(exact, partial(dist.all_reduce, op=dist.ReduceOp.MAX) if several else None)
 
 
-def save(config: Config, state: State, run: RunDir, ranks: Ranks, batches: TrainBatches) -> None:
-    """Write a checkpoint of this moment; all ranks call it. NonFiniteError, StorageError."""
+def save(
+    config: Config, state: State, run: RunDir, ranks: Ranks, batches: TrainBatches, at_end: bool
+) -> None:
+    """Write a checkpoint of this moment, at the end without the optimizer; all ranks call it.
+
+    NonFiniteError, StorageError.
+    """
     with ranks.main_only():
         if ranks.is_main:
             run.check_fence()
-    parts = {"model": dict(state.model.named_parameters()), "optimizer": state.optimizer.tensors()}
+    optimizer = {} if at_end else state.optimizer.tensors()
+    parts = {"model": dict(state.model.named_parameters()), "optimizer": optimizer}
     if state.fp8_mlp:
         parts["fp8"] = state.model.fp8.tensors()
     with ranks.main_only():

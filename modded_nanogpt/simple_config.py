@@ -30,7 +30,8 @@ FREE = frozenset(
     [
         "out_dir", "data_root", "init_from", "auto_resume", "overwrite", "accept_changed", "new_source",
         "check", "plan",
-        "val_loss_every", "target_val_loss", "log_interval", "save_interval", "save_minutes", "keep_checkpoints",
+        "val_loss_every", "val_steps", "target_val_loss", "log_interval", "save_interval", "save_minutes",
+        "keep_checkpoints",
         "device", "compile", "backend", "deterministic", "num_threads",
     ]
 )  # fmt: skip
@@ -77,6 +78,9 @@ class Config:
     warmdown_iters: int = knob(
         -1, "last steps, in which the learning rates fall to 0; -1: 7 of 10", low=-1, high=10**7
     )
+    stop_step: int = knob(
+        0, "end here, on the schedule of --num_iterations; 0: at its end", low=0, high=10**7
+    )
     batch_size: int = knob(512, "sequences in one step, over all GPUs", low=1, high=1 << 20)
     device_batch_size: int = knob(64, "sequences in one micro-step of one GPU", low=1, high=1 << 20)
     sequence_length: int = knob(1024, "tokens in a sequence", low=4, high=1 << 20)
@@ -97,6 +101,7 @@ class Config:
     head_lr: float = knob(1 / 320, "Adam's learning rate of the head", low=0.0, high=1e3)
     # Validation, log, checkpoints.
     val_loss_every: int = knob(125, "steps between validations; 0: at the end only", low=0, high=10**9)
+    val_steps: str = knob("", "validate after these steps too: 2745,2750,2755")
     val_tokens: int = knob(
         10_485_760, "tokens of the fixed validation text; 0: all there are", low=0, high=1 << 50
     )
@@ -139,7 +144,8 @@ class Plan:
     """What follows from a Config and the number of ranks."""
 
     world_size: int
-    total_steps: int
+    total_steps: int  # of the schedule
+    end_step: int  # where the run ends
     warmdown_steps: int
     tokens_per_step: int  # over all ranks
     micro_steps: int  # of each rank in one step
@@ -147,12 +153,13 @@ class Plan:
     def describe(self, config: Config) -> str:
         """One line for the log."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        ends = "" if self.end_step == self.total_steps else f", stopped after {self.end_step:,}"
         return (
             f"{config.variant}, {config.optimizer}: {self.total_steps:,} steps, the last "
-            f"{self.warmdown_steps:,} of them warm-down; {self.tokens_per_step:,} tokens a step = {ranks} x "
+            f"{self.warmdown_steps:,} of them warm-down{ends}; {self.tokens_per_step:,} tokens a step = {ranks} x "
             f"{self.micro_steps} micro-steps x "
             f"{config.device_batch_size} sequences x {config.sequence_length} tokens; "
-            f"{self.total_steps * self.tokens_per_step / 1e6:,.1f} M tokens"
+            f"{self.end_step * self.tokens_per_step / 1e6:,.1f} M tokens"
         )
 
 
@@ -175,10 +182,20 @@ def resolve(config: Config, world_size: int) -> Plan:
     return Plan(
         world_size=world_size,
         total_steps=config.num_iterations,
+        end_step=config.stop_step or config.num_iterations,
         warmdown_steps=warmdown,
         tokens_per_step=config.batch_size * config.sequence_length,
         micro_steps=config.batch_size // unit,
     )
+
+
+def steps_named(text: str) -> tuple[int, ...]:
+    """The numbers of --val_steps. UserError for anything else."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    bad = next((word for word in words if not word.isdecimal() or int(word) > 10**7), None)
+    if bad is not None:
+        raise UserError(f"--val_steps={text[:60]}: {bad[:20]!r} is no step; write them as 2745,2750,2755")
+    return tuple(map(int, words))
 
 
 def lr_factor(plan: Plan, step: int) -> float:
@@ -275,6 +292,13 @@ def _check_shape(config: Config) -> None:
             f"--warmdown_iters={config.warmdown_iters}: more than --num_iterations={config.num_iterations}; "
             f"--warmdown_iters={near} is 7 of 10"
         )
+    end = config.stop_step or config.num_iterations
+    if end > config.num_iterations:
+        raise UserError(
+            f"--stop_step={config.stop_step}: more than --num_iterations={config.num_iterations}; leave it away"
+        )
+    if late := [step for step in steps_named(config.val_steps) if step > end]:
+        raise UserError(f"--val_steps={config.val_steps}: the run ends after step {end}, before {late[0]}")
     if config.val_tokens and config.val_tokens < config.sequence_length:
         raise UserError(
             f"--val_tokens={config.val_tokens}: less than one sequence of {config.sequence_length} tokens; "

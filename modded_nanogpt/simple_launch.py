@@ -92,7 +92,16 @@ def trainer(runs: list[Values]) -> Trainer:
     """What `open_run` needs to know. The source copy holds the variants of all runs that this process trains."""
     specs = list(dict.fromkeys(str(run.get("variant", "baseline")) for run in runs))
     own = functools.partial(_own_variants, specs)
-    return Trainer(Config, ROOT, FOLDERS, ENTRY, FREE, inspect, lambda config: config.num_iterations, own)
+    return Trainer(
+        Config,
+        ROOT,
+        FOLDERS,
+        ENTRY,
+        FREE,
+        inspect,
+        lambda config: config.stop_step or config.num_iterations,
+        own,
+    )
 
 
 def vocabulary_rows(token_set: TokenSet) -> int:
@@ -155,7 +164,7 @@ def _refuse_short(config: Config, token_set: TokenSet) -> None:
         (
             "train",
             token_set.shards_train,
-            1 if config.repeat_data else config.num_iterations * config.batch_size,
+            1 if config.repeat_data else (config.stop_step or config.num_iterations) * config.batch_size,
         ),
         ("val", token_set.shards_val, max(1, config.val_tokens // length)),
     ):

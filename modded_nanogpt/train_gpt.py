@@ -15,13 +15,15 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import contextlib
 import dataclasses
 import gc
+import json
 import math
 import os
 import typing
 
-from modded_nanogpt import compile_cache, schedule
+from modded_nanogpt import compile_cache, many_runs, schedule
 from modded_nanogpt.config import FREE, PRESETS, Config, Plan, resolve
 from modded_nanogpt.layer_plan import CPU_RECIPES
 from nanogpt.common import compiler, rundir
@@ -31,7 +33,9 @@ from nanogpt.common.launch import SMOKE_STEPS, Trainer, open_run, rank_zero_spea
 from nanogpt.common.machine import has_nvidia_driver, world_size_from_environment
 
 if typing.TYPE_CHECKING:
+    from modded_nanogpt.setup import Prepared
     from nanogpt.common.ranks import Ranks
+    from nanogpt.common.stop import StopRequest
 
 PROG = "python -m modded_nanogpt.train_gpt"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
@@ -40,15 +44,17 @@ SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory
 
 def inspect(config: Config) -> tuple[Config, dict]:
     """Check what needs no GPU: the plan and the data. Prints the plan when that is all the user wants."""
-    from modded_nanogpt.data_plan import check_validation, plan_data
+    from modded_nanogpt.data_plan import check_targets, check_validation, plan_data
     from modded_nanogpt.vocabulary import gpt2_tokens
     from nanogpt.common.shards import data_root, open_token_set, verify
+    from nanogpt.common.tokenizer import tokens_of
 
     plan = resolve(config, world_size_from_environment())
     _refuse_missing_gpu(config)
     root = data_root(config.data_root)
     token_set = open_token_set(config.dataset, root)
     data_plan = plan_data(token_set, config)
+    check_targets(data_plan, token_set, config)
     check_validation(token_set, config)
     for name in ("prefix", "canonical"):
         if getattr(config, name) and token_set.tokenizer == "char":
@@ -63,7 +69,12 @@ def inspect(config: Config) -> tuple[Config, dict]:
         print(plan.describe(config))
         print(data_plan.describe(token_set, config))
     config = dataclasses.replace(config, data_root=str(root))
-    return config, {"plan": dataclasses.asdict(plan), "data": token_set.fingerprint()}
+    details = {
+        "plan": dataclasses.asdict(plan),
+        "data": token_set.fingerprint(),
+        "tokens": tokens_of(token_set),
+    }
+    return config, details
 
 
 TRAINER = Trainer(
@@ -91,16 +102,20 @@ def _refuse_missing_gpu(config: Config) -> None:
 
 
 def main(argv: list[str], default_preset: str = "record") -> int:
-    """Open the run, continue in its copy of the source, train."""
+    """Open the run, or the first of --runs, continue in its copy of the source, train."""
     folder = rundir.running_from_copy(Path(__file__))
-    if folder is None:
-        with rank_zero_speaks():
-            values = values_of(argv, default_preset)
-        folder = open_run(TRAINER, values, argv)
-        if folder is None:
-            return 0
-        rundir.enter_copy(folder, TRAINER.entry)
-    return go_on(folder)
+    if folder is not None:
+        return go_on(folder, json.loads(argv[1]) if argv[1:] else [])
+    with rank_zero_speaks():
+        runs = many_runs.runs_of(values_of(argv, default_preset))
+    left = many_runs.unfinished(runs) if runs[1:] else runs
+    folder = open_run(TRAINER, left[0], argv) if left else None
+    if folder is not None:
+        rundir.enter_copy(folder, TRAINER.entry, *([json.dumps(runs)] if runs[1:] else []))
+    if not left and os.environ.get("RANK", "0") == "0":
+        print(f"all {len(runs)} runs are finished; to start anew: --overwrite=true, or another --out_dir")
+        many_runs.say_together(runs, print)
+    return 0
 
 
 def values_of(argv: list[str], default_preset: str) -> dict[str, object]:
@@ -126,19 +141,38 @@ def values_of(argv: list[str], default_preset: str) -> dict[str, object]:
     return smoke_values(values, argv, small)
 
 
-def go_on(folder: Path) -> int:
-    """Train the run that `open_run` has opened in `folder`; the exit status."""
+def go_on(first: Path, runs: list[many_runs.Values]) -> int:
+    """Train the run that `open_run` has opened in `first`, then the rest of `runs` (--runs); the exit status."""
     compiler.use_local_folders(compile_cache.operators())  # before torch is imported
     choose_allocator()
-    from nanogpt.common import ranks as ranks_module
+    import torch
 
-    run = rundir.RunDir(folder, writes=os.environ.get("RANK", "0") == "0")
-    config = Config(**run.config["config"])
+    from modded_nanogpt import setup
+    from nanogpt.common import ranks as ranks_module
+    from nanogpt.common.stop import StopRequest
+
+    config, stop = Config(**rundir.read_json(first / "config.json")["config"]), StopRequest()
     ranks = ranks_module.start(config.device, config.backend, config.num_threads)
-    try:
-        status = train(run, config, resolve(config, ranks.world_size), ranks)
-    finally:
-        run.close()
+    prepared, status = None, 0
+    for values in [None, *many_runs.others(runs, first)]:
+        if values and ranks.sum(torch.tensor(float(stop.look()), device=ranks.device)).item():
+            status = EXIT_INTERRUPTED
+        if status:
+            break
+        folder = open_run(TRAINER, values, sys.argv[1:]) if values else first
+        if folder is None:
+            continue  # it has been finished meanwhile
+        run = rundir.RunDir(folder, writes=ranks.is_main)
+        config, stop.stop_file = Config(**run.config["config"]), folder / "stop" if ranks.is_main else None
+        with contextlib.closing(run):
+            prepared = setup.prepare(run, config, ranks, prepared)
+            status = train(run, config, resolve(config, ranks.world_size), ranks, prepared, stop)
+            if folder == first:
+                prepared.keep_caches()
+    ranks.wait()  # for rank 0 to have saved: when one rank leaves with 75, torchrun ends the others
+    stop.done()
+    if runs and not status and ranks.is_main:
+        many_runs.say_together(runs, print)
     ranks_module.leave(status)
     return status
 
@@ -152,31 +186,17 @@ def choose_allocator() -> None:
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
-def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int:
-    """From the first line of the log to the last checkpoint; the exit status."""
-    from modded_nanogpt import lanes, precompile, report, rules, setup
-    from modded_nanogpt.batches import TrainBatches, ValBatches
+def train(
+    run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks", prepared: "Prepared", stop: "StopRequest"
+) -> int:
+    """From the weights of step 0, or the last checkpoint's, to the last line of the log; the exit status."""
+    from modded_nanogpt import lanes, report, rules, setup
     from modded_nanogpt.clock import Clock, Messages
-    from nanogpt.common import hardware, tracking, training
-    from nanogpt.common.stop import StopRequest
+    from nanogpt.common import hardware, tracking
 
-    stop = StopRequest(run.folder / "stop" if ranks.is_main else None)
-    device, place = ranks.device, (ranks.rank, ranks.world_size, ranks.device)
-    token_set = training.checked_tokens(config, ranks, run.say)
-    run.say(f"{token_set.folder}: {token_set.num_tokens('train'):,} training tokens, checked")
-    caches = setup.restore_caches(config, run, ranks)
-    batches, val_batches = TrainBatches(token_set, config, *place), ValBatches(token_set, config, *place)
-    graphs = precompile.graphs(config, batches, val_batches)
-    ahead = setup.compile_ahead(config, run, ranks, caches, graphs)
-    state = setup.build(config, ranks)
-    for line in report.describe(config, plan, state, ranks):
-        run.say(line)
-    if config.warmup:
-        setup.warm_up(config, state, ranks, batches, val_batches, run.say, ahead)
-        if caches and ranks.is_main:
-            caches.keep(setup.graphs_key(config, graphs))
+    state, batches, val_batches, token_set, _ = prepared
     setup.start_or_resume(config, state, run, ranks, batches)
-    flops, peak = report.flops_per_token(config), hardware.peak_flops(device)
+    flops, peak = report.flops_per_token(config), hardware.peak_flops(ranks.device)
     progress, clock, messages = state.progress, Clock(ranks, state.progress["train_ms"]), Messages(ranks)
     run.record(
         "resume" if state.resumed else "start",
@@ -188,7 +208,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
 
     def save() -> None:
         nonlocal saved_step
-        setup.save(config, state, run, ranks, batches)
+        setup.save(config, state, run, ranks, batches, at_end)
         run.record("save", step=progress["step"])
         saved_step = progress["step"]
 
@@ -216,13 +236,14 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
                 run.record(
                     "train", step=step, loss=mean / about["weights"], lr=about["lr"], ms=round(ms, 3),
                     train_ms=round(about["train_ms"], 3), tokens_per_s=round(speed), mfu=mfu,
-                    memory_gib=hardware.memory_gib(device), tokens=about["total"],
+                    memory_gib=hardware.memory_gib(ranks.device), tokens=about["total"],
                 )  # fmt: skip
                 run.say(
                     report.step_line(plan, step, mean / about["weights"], about["train_ms"], ms, speed, mfu)
                 )
 
     gc.collect()  # not in the middle of the run
+    compiled = report.graphs_compiled()
     clock.start()
     while True:
         step = progress["step"]
@@ -304,11 +325,9 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: "Ranks") -> int
         "end", step=step, status=status, val_loss=progress["val_loss"], train_ms=progress["train_ms"],
         target=plan.target_loss or None, target_met=bool(plan.target_loss) and progress["val_loss"] <= plan.target_loss,
         eligible=at_end and not against, ineligible=against, val_tokens=val_batches.num_tokens,
-        world_size=ranks.world_size,
+        world_size=ranks.world_size, compiled=report.graphs_compiled() - compiled,
     )  # fmt: skip
     tracking.finish(at_end)
-    ranks.wait()  # for rank 0 to have saved: when one rank leaves with 75, torchrun ends the others
-    stop.done()
     return 0 if at_end else EXIT_INTERRUPTED
 
 

@@ -9,7 +9,7 @@
 
 Data, their order, the batch and the architecture are fixed; what is compared is how fast the loss falls. The clock
 (train_ms) stands while the model is compiled, validated or saved. The run directory (--out_dir) is described in
-docs/run-directory.md. This file reads from top to bottom: the model, the optimizers, the loop.
+docs/run-directory.md. This file reads from top to bottom: the model, the loop; the optimizers are in simple_optim.py.
 """
 
 import sys
@@ -19,9 +19,9 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from modded_nanogpt import compile_cache, simple_launch
-from modded_nanogpt.simple_config import PROG, Config, Plan, lr_factor, resolve
+from modded_nanogpt.simple_config import PROG, Config, Plan, lr_factor, resolve, steps_named
 from nanogpt.common import compiler, rundir
-from nanogpt.common.errors import EXIT_INTERRUPTED, NonFiniteError, UserError, run_command
+from nanogpt.common.errors import EXIT_INTERRUPTED, NonFiniteError, run_command
 
 OWN_RUN = rundir.running_from_copy(Path(__file__)) if __name__ == "__main__" else None
 if __name__ == "__main__" and OWN_RUN is None:
@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from modded_nanogpt import simple_setup
 from modded_nanogpt.clock import Clock
 from modded_nanogpt.kernels.cross_entropy import eval_losses, head_loss
-from modded_nanogpt.optim.orthogonalize import MARGINS, POLAR_EXPRESS, orthogonalize
 from modded_nanogpt.simple_data import TrainBatches, ValBatches
 from modded_nanogpt.simple_graphs import graphs_for, in_sequences, on_device, sum_gradients, variant_class
+from modded_nanogpt.simple_optim import optimizer_of
 from modded_nanogpt.variants.baseline import norm
 from nanogpt.common import hardware, training
 from nanogpt.common import ranks as ranks_module
@@ -55,8 +55,6 @@ SOFTCAP = (30.0, 0.0, 7.5)  # logits = 30 sigmoid(z / 7.5), which is 15 tanh(z /
 ATTENTION_SCALE = 1.36  # times 1 / sqrt(D), for queries and keys that are normed: 0.12 at D = 128
 ROTARY_BASE = 1024.0
 ROWS_AT_ONCE = 65_536  # of logits in memory: 6.6 GB in bfloat16, less with a smaller --device_batch_size
-MUON_MOMENTUM = (0.85, 0.95, 300)  # from, to, steps
-EMBED_BETAS, MATRIX_BETAS = (0.8, 0.95), (0.9, 0.95)
 SHOW_SECONDS = 1.0  # most often that a step is printed; metrics.jsonl has them all
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -172,108 +170,6 @@ class GPT(nn.Module):
         return 6 * weights + 12 * len(self.mlp) * self.embed.shape[1] * len(self.cos)
 
 
-# ---- the optimizers ------------------------------------------------------------------------------------------------
-
-
-class Muon:
-    """Muon (K. Jordan 2024): momentum whose singular values are set to 1, for the matrices of the layers.
-
-        M <- m M + (1 - m) G,   U = m M + (1 - m) G,   W <- (1 - lr wd) W - lr sqrt(max(1, rows / columns)) polar(U)
-
-    Matrices of one shape are worked on together. Every rank makes the same update of everything.
-    """
-
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], lr: float, decay: float, dtype: torch.dtype
-    ) -> None:
-        self.lr, self.decay, self.dtype = lr, decay, dtype
-        self.groups: dict[str, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            rows, columns = parameter.shape[-2:]
-            self.groups.setdefault(f"{rows}x{columns}", []).append(parameter)
-        self.momentum = {name: torch.zeros_like(self._stacked(group)) for name, group in self.groups.items()}
-        for buffer in self.momentum.values():
-            if buffer.is_cuda:  # Triton compiles for each shape: now, and not in the first step, on the clock
-                orthogonalize(buffer.to(dtype), POLAR_EXPRESS)
-
-    @staticmethod
-    def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([tensor.detach().reshape(-1, *tensor.shape[-2:]) for tensor in tensors])
-
-    @torch.no_grad()
-    def step(self, factor: float, momentum: float) -> None:
-        """One update with the learning rate times `factor`."""
-        for name, group in self.groups.items():
-            gradient, buffer = self._stacked([parameter.grad for parameter in group]), self.momentum[name]
-            buffer.lerp_(gradient, 1 - momentum)
-            mixed = gradient.lerp_(buffer, momentum)
-            size = MARGINS[POLAR_EXPRESS] * torch.linalg.vector_norm(mixed, dim=(1, 2), keepdim=True)
-            update = orthogonalize((mixed / (size + 1e-12)).to(self.dtype), POLAR_EXPRESS).float()
-            _, rows, columns = update.shape
-            parts = update.split([parameter.numel() // (rows * columns) for parameter in group])
-            parts = [part.view_as(parameter) for part, parameter in zip(parts, group, strict=True)]
-            rate = self.lr * factor
-            torch._foreach_mul_(group, 1 - rate * self.decay)
-            torch._foreach_add_(group, parts, alpha=-rate * math.sqrt(max(1.0, rows / columns)))
-
-
-class Optimizer:
-    """Muon, or Adam (Kingma and Ba 2014; decay as Loshchilov and Hutter 2019), for the matrices; Adam for the rest."""
-
-    def __init__(self, model: GPT, config: Config, plan: Plan) -> None:
-        self.config, self.plan = config, plan
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
-        matrices = [parameter for parameter, name in self.names.items() if name not in ("embed", "head")]
-        rest = {"warmup": 0, "betas": EMBED_BETAS, "eps": 1e-10, "weight_decay": 0.0}
-        groups = [
-            {"params": [model.embed], "base": config.embed_lr, **rest},
-            {"params": [model.head], "base": config.head_lr, **rest},
-        ]
-        self.muon = None
-        if config.optimizer == "muon":
-            self.muon = Muon(matrices, config.muon_lr, config.muon_wd, model.dtype)
-        else:
-            own = {"warmup": config.adam_warmup, "betas": MATRIX_BETAS, "eps": 1e-8}
-            groups.append({"params": matrices, "base": config.adam_lr, "weight_decay": config.adam_wd, **own})
-        self.adam = torch.optim.AdamW(groups, fused=True)
-
-    def step(self, step: int) -> None:
-        """The update of step `step`; gradients are dropped."""
-        factor = lr_factor(self.plan, step)
-        for group in self.adam.param_groups:
-            group["lr"] = group["base"] * factor * min(1.0, (step + 1) / max(1, group["warmup"]))
-        self.adam.step()
-        if self.muon:
-            low, high, steps = MUON_MOMENTUM
-            self.muon.step(factor, low + (high - low) * min(1.0, step / steps))
-        for parameter in self.names:
-            parameter.grad = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The state for a checkpoint, by name, not copied."""
-        found = {
-            f"{self.names[parameter]}/{key}": value
-            for parameter, state in self.adam.state.items()
-            for key, value in state.items()
-        }
-        buffers = self.muon.momentum if self.muon else {}
-        return found | {f"momentum/{name}": buffer for name, buffer in buffers.items()}
-
-    def load(self, tensors: dict[str, Tensor], where: str) -> None:
-        """Put back what `tensors` gave. UserError when it does not fit."""
-        mine = [parameter for group in self.adam.param_groups for parameter in group["params"]]
-        try:
-            for parameter in mine:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                state = {key: tensors[f"{self.names[parameter]}/{key}"].to(parameter.device) for key in keys}
-                self.adam.state[parameter] = state
-            for name, buffer in (self.muon.momentum if self.muon else {}).items():
-                buffer.copy_(tensors[f"momentum/{name}"])
-        except (KeyError, RuntimeError) as error:
-            why = f"its optimizer does not fit this run ({error})"
-            raise UserError(f"{where}: {why}; was the configuration changed?") from None
-
-
 # ---- one process, any number of runs -------------------------------------------------------------------------------
 
 
@@ -322,9 +218,9 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: Ranks, stop: St
         return GPT(config, rows, variant.layer, dtype)
 
     graphs = graphs_for(config, rows, variant, ranks, run.say, make)
-    model, optimizer = graphs.model, Optimizer(graphs.model, config, plan)
+    model, optimizer = graphs.model, optimizer_of(graphs.model, variant, config, plan)
     model.init_weights(config.seed)
-    progress = simple_setup.resume(run, ranks, model, optimizer.load, variant, plan.total_steps)
+    progress = simple_setup.resume(run, ranks, model, optimizer.load, variant, plan.end_step)
     resumed, progress = progress is not None, progress or dict(simple_setup.NEW_PROGRESS)
     batches = TrainBatches(token_set, config, plan, ranks)
     val_batches = ValBatches(token_set, config, ranks)
@@ -338,7 +234,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: Ranks, stop: St
     run.record("resume" if resumed else "start", step=progress["step"], world_size=ranks.world_size)
     clock, last_ms = Clock(ranks, progress["train_ms"]), progress["train_ms"]
     saved_step, saved_at = progress["step"] if resumed else -1, time.monotonic()
-    asked_to_stop, save_due, shown = False, False, 0.0
+    asked_to_stop, save_due, shown, val_steps = False, False, 0.0, set(steps_named(config.val_steps))
 
     def non_finite(what: str) -> NonFiniteError:
         saved = f"the checkpoint of step {saved_step} stays"
@@ -348,8 +244,8 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: Ranks, stop: St
     while True:
         # Validate at fixed steps and at the end; save at the end, when it is time, and before stopping.
         step = progress["step"]
-        at_end = step >= plan.total_steps
-        due = at_end or (config.val_loss_every and step % config.val_loss_every == 0)
+        at_end = step >= plan.end_step
+        due = at_end or step in val_steps or (config.val_loss_every and step % config.val_loss_every == 0)
         if due and not asked_to_stop and progress["val_step"] != step:
             progress["train_ms"] = clock.stop() if clock.began else clock.before
             gates = on_device(variant.gates(step, False), device)
@@ -394,7 +290,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: Ranks, stop: St
         progress["tokens"] += plan.tokens_per_step
         progress["train_ms"] = clock.now()
         ms, last_ms = progress["train_ms"] - last_ms, progress["train_ms"]
-        if step % config.log_interval == 0 or step + 1 == plan.total_steps:
+        if step % config.log_interval == 0 or step + 1 == plan.end_step:
             speed = 1e3 * plan.tokens_per_step / ms
             mfu = hardware.utilisation(speed * flops, peak, ranks.world_size)
             run.record(
@@ -402,10 +298,10 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: Ranks, stop: St
                 train_ms=round(progress["train_ms"], 3), tokens_per_s=round(speed), mfu=mfu,
                 memory_gib=hardware.memory_gib(device), tokens=progress["tokens"],
             )  # fmt: skip
-            if time.monotonic() - shown > SHOW_SECONDS or step < 2 or step + 1 == plan.total_steps:
+            if time.monotonic() - shown > SHOW_SECONDS or step < 2 or step + 1 == plan.end_step:
                 shown = time.monotonic()
                 run.say(
-                    f"step {step}/{plan.total_steps}: loss {mean_loss:.4f}, {ms:.1f} ms, {speed:,.0f} tokens/s, MFU "
+                    f"step {step}/{plan.end_step}: loss {mean_loss:.4f}, {ms:.1f} ms, {speed:,.0f} tokens/s, MFU "
                     f"{hardware.utilisation_words(mfu)}, {progress['train_ms'] / 1e3:.1f} s"
                 )
 

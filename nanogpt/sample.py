@@ -28,8 +28,8 @@ from nanogpt.config import GPT2_SIZES
 if typing.TYPE_CHECKING:
     import torch
 
+    from nanogpt.common.tokenizer import Tokenizer
     from nanogpt.model import GPT
-    from nanogpt.tokenizer import Tokenizer
 
 PROG = "python -m nanogpt.sample"
 LARGEST_PROMPT = 64 * 2**20  # bytes of a FILE:
@@ -158,8 +158,8 @@ def load_run(folder: Path, config: Config, dtype: "torch.dtype") -> "tuple[GPT, 
     """Model and tokenizer of a run, on the CPU."""
     from nanogpt.common.checkpoints import choose, val_loss_of
     from nanogpt.common.shards import data_root
+    from nanogpt.common.tokenizer import make_tokenizer
     from nanogpt.model import GPT, Shape
-    from nanogpt.tokenizer import make_tokenizer
 
     record = rundir.read_json(folder / "config.json")
     path = folder / "config.json"
@@ -190,9 +190,9 @@ def load_run(folder: Path, config: Config, dtype: "torch.dtype") -> "tuple[GPT, 
 def load_gpt2(config: Config, dtype: "torch.dtype") -> "tuple[GPT, Tokenizer]":
     """The published model and its tokenizer, on the CPU."""
     from nanogpt.common.shards import data_root
+    from nanogpt.common.tokenizer import GPT2_TOKENS, make_tokenizer
     from nanogpt.model import GPT, Shape
     from nanogpt.pretrained import load_published
-    from nanogpt.tokenizer import GPT2_TOKENS, make_tokenizer
 
     layers, heads, width = GPT2_SIZES[config.init_from]
     tokenizer = make_tokenizer(GPT2_TOKENS, config.init_from, data_root(config.data_root))

@@ -41,7 +41,8 @@ SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory
 
 def inspect(config: Config) -> tuple[Config, dict]:
     """Check what needs no GPU: the plan and the data. Prints the plan when that is all the user wants."""
-    from nanogpt.common.shards import data_root, open_token_set, read_chars, verify
+    from nanogpt.common.shards import data_root, open_token_set, verify
+    from nanogpt.common.tokenizer import tokens_of
 
     plan = resolve(config, world_size_from_environment())
     _refuse_missing_gpu(config)
@@ -60,13 +61,12 @@ def inspect(config: Config) -> tuple[Config, dict]:
         config, data_root=str(root), tokens_per_step=plan.tokens_per_step, gradient_accumulation_steps=0,
         eval_tokens=plan.eval_tokens, eval_iters=0,
     )  # fmt: skip
-    tokens = {  # what sampling needs to turn text into tokens and back when the data set has gone
-        "tokenizer": token_set.tokenizer,
-        "vocab_size": token_set.vocab_size,
-        "eot": token_set.eot,
-        "chars": read_chars(token_set.folder) if token_set.tokenizer == "char" else None,
+    details = {
+        "plan": dataclasses.asdict(plan),
+        "data": token_set.fingerprint(),
+        "tokens": tokens_of(token_set),
     }
-    return config, {"plan": dataclasses.asdict(plan), "data": token_set.fingerprint(), "tokens": tokens}
+    return config, details
 
 
 TRAINER = Trainer(

@@ -86,6 +86,21 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def refuse(tmp_path: Path, tiny_data: Path):
+    """`refuse(module, argv, words)`: the command refuses, and nothing in tmp_path or the data has changed."""
+    from tests.refusal_kit import assert_refused, call, snapshot
+
+    def run(module: str, argv: list[str], *words: str, code: int = 2, env: dict | None = None) -> None:
+        before = snapshot(tmp_path), snapshot(tiny_data)
+        environment = {"DATA_ROOT": str(tiny_data), "HOME": str(tmp_path), **(env or {})}
+        status, _, stderr = call(module, argv, tmp_path, environment)
+        assert_refused(status, stderr, words, code)
+        assert (snapshot(tmp_path), snapshot(tiny_data)) == before, "it changed something"
+
+    return run
+
+
+@pytest.fixture
 def trainer(zygote, tiny_data: Path, tmp_path: Path):
     """`trainer(*flags)` runs the tiny model in tmp_path/run to its end; `trainer.start(*flags)` does not wait."""
     from tests.faults.tiny import FLAGS
@@ -137,7 +152,11 @@ def _scope(nodeid: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a CI machine (CI is set) the SLURM tests must run."""
+    """What is printed at the end; and on a CI machine (CI is set) the SLURM tests must run."""
+    if not hasattr(config, "workerinput"):  # not in one of the processes of `pytest -n`
+        from tests.suite_cost import SuiteCost
+
+        config.pluginmanager.register(SuiteCost(), "suite-cost")
     if os.environ.get("CI"):
         config.pluginmanager.register(_SlurmGate(), "slurm-gate")
 

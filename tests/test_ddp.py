@@ -9,8 +9,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from nanogpt.common import checkpoint_names, checkpoints
 from tests.faults import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
+DROPOUT = "--dropout=0.2"
 TOKENS = "--tokens_per_step=512"  # 8 micro-batches of 4 x 16 tokens: 8, 4 and 2 for each rank
 CLOSE = 1e-5  # relative: sums of float32 in another order
 LAUNCHES = itertools.count()
@@ -32,19 +31,28 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def launch(
+    zygote, data: Path, folder: Path, world: int, *flags: str, out: str = "run", module: str = "nanogpt.train"
+):
+    """Fork the ranks of one launch, which trains in folder/out; the children, rank 0 first."""
+    port, name = str(free_port()), f"launch-{os.getpid()}-{next(LAUNCHES)}"
+    argv = [*tiny.FLAGS, TOKENS, f"--data_root={data}", f"--out_dir={folder}/{out}", *flags]
+    started = []
+    for rank in range(world):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": name}  # fmt: skip
+        env = {key: str(value) for key, value in env.items()}
+        started.append(zygote.start(argv, cwd=folder, env=env, module=module))
+    return started
+
+
 @pytest.fixture
 def ranks(zygote, tiny_data, tmp_path):
     """`ranks(n, *flags)`: fork n ranks of one launch; the children, rank 0 first."""
     children = []
 
-    def start(world: int, *flags: str, out: str = "run"):
-        port, launch = str(free_port()), f"launch-{os.getpid()}-{next(LAUNCHES)}"
-        argv = [*tiny.FLAGS, TOKENS, f"--data_root={tiny_data}", f"--out_dir={tmp_path}/{out}", *flags]
-        started = []
-        for rank in range(world):
-            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": launch}  # fmt: skip
-            started.append(zygote.start(argv, cwd=tmp_path, env={k: str(v) for k, v in env.items()}))
+    def start(world: int, *flags: str, **options: str):
+        started = launch(zygote, tiny_data, tmp_path, world, *flags, **options)
         children.extend(started)
         return started
 
@@ -53,6 +61,23 @@ def ranks(zygote, tiny_data, tmp_path):
         if child.status is None:
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote, tiny_data, tmp_path_factory):
+    """`undisturbed(world, *flags)`: the directory of a run of 20 steps on so many ranks, which all tests share."""
+    folder, made = tmp_path_factory.mktemp("undisturbed"), {}
+
+    def run(world: int, *flags: str) -> Path:
+        if (world, flags) not in made:
+            out = f"run{len(made)}"
+            children = launch(zygote, tiny_data, folder, world, *flags, out=out)
+            assert statuses(children) == [0] * world, stderr_of(children)
+            assert [child.stdout for child in children[1:]] == [""] * (world - 1)
+            made[world, flags] = folder / out
+        return made[world, flags]
+
+    return run
 
 
 def statuses(children) -> list[int]:
@@ -71,18 +96,15 @@ def stderr_of(children) -> str:
     return "".join(child.stderr for child in children)
 
 
-@pytest.mark.parametrize("flags", [(), ("--dropout=0.2",)])
-def test_the_number_of_ranks_does_not_change_the_losses(flags, ranks, tmp_path):
-    for world in (1, 2, 4):
-        children = ranks(world, *flags, out=f"run{world}")
-        assert statuses(children) == [0] * world, stderr_of(children)
-        assert [child.stdout for child in children[1:]] == [""] * (world - 1)
-    one = tmp_path / "run1"
+@pytest.mark.parametrize(("flags", "worlds"), [((), (2,)), ((DROPOUT,), (2, 4))])
+def test_the_number_of_ranks_does_not_change_the_losses(flags, worlds, undisturbed):
+    one = undisturbed(1, *flags)
     assert sorted(tiny.losses(one)) == list(range(20))
-    for world in (2, 4):
-        assert_close(tiny.losses(tmp_path / f"run{world}"), tiny.losses(one))
-        assert_close(tiny.val_losses(tmp_path / f"run{world}"), tiny.val_losses(one))
-        plan = json.loads((tmp_path / f"run{world}/config.json").read_text())["plan"]
+    for world in worlds:
+        several = undisturbed(world, *flags)
+        assert_close(tiny.losses(several), tiny.losses(one))
+        assert_close(tiny.val_losses(several), tiny.val_losses(one))
+        plan = json.loads((several / "config.json").read_text())["plan"]
         assert (plan["world_size"], plan["micro_steps"]) == (world, 8 // world)
 
 
@@ -95,26 +117,24 @@ def test_a_validation_is_the_same_for_any_number_of_ranks(ranks, tmp_path):
     assert found == pytest.approx([found[0]] * 3, rel=1e-12)
 
 
-def test_resumes_from_one_number_of_ranks_to_another(ranks, tmp_path):
-    flags = ("--dropout=0.2", "--auto_resume=true")
-    assert statuses(ranks(1, *flags, out="one")) == [0]
+def test_resumes_from_one_number_of_ranks_to_another(ranks, undisturbed, tmp_path):
+    flags = (DROPOUT, "--auto_resume=true")
     for world, steps in ((1, 5), (2, 10), (4, 15), (1, 20)):
         children = ranks(world, *flags, f"--max_iters={steps}")
         assert statuses(children) == [0] * world, stderr_of(children)
-    assert_close(tiny.losses(tmp_path / "run"), tiny.losses(tmp_path / "one"))
+    assert_close(tiny.losses(tmp_path / "run"), tiny.losses(undisturbed(1, DROPOUT)))
     resumes = tiny.events(tmp_path / "run", "resume")
     assert [event["world_size"] for event in resumes] == [2, 4, 1]
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_resume_with_the_same_ranks_is_exact(world, ranks, tmp_path):
+def test_a_resume_with_the_same_ranks_is_exact(world, ranks, undisturbed, tmp_path):
     """Bit for bit: the ranks' gradients are added in the same order before and after."""
-    flags = ("--dropout=0.2", "--auto_resume=true")
-    assert statuses(ranks(world, *flags, out="undisturbed")) == [0] * world
+    flags, reference = (DROPOUT, "--auto_resume=true"), undisturbed(world, DROPOUT)
     for steps in (7, 8, 20):
         assert statuses(ranks(world, *flags, f"--max_iters={steps}")) == [0] * world
-    assert tiny.losses(tmp_path / "run") == tiny.losses(tmp_path / "undisturbed")
-    assert tiny.final_weights(tmp_path / "run") == tiny.final_weights(tmp_path / "undisturbed")
+    assert tiny.losses(tmp_path / "run") == tiny.losses(reference)
+    assert tiny.final_weights(tmp_path / "run") == tiny.final_weights(reference)
 
 
 def wait_for_step(folder: Path, step: int, children) -> None:
@@ -171,81 +191,48 @@ def test_a_loss_that_is_not_finite_is_said_once(ranks, tmp_path):
     assert stderr_of(children).count("error: ") == 1
 
 
-def test_a_damaged_shard_is_said_once_by_the_rank_that_read_it(tmp_path):
+def test_a_damaged_shard_is_said_once_by_the_rank_that_read_it(ranks, tmp_path):
     """Large sets are checked by all ranks together, after the run directory was made."""
     folder = tiny.make_data(tmp_path / "data")
     path = folder / "tiny_val_000000.bin"  # the second file: rank 1 reads it
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    config = f"Config(dataset='tiny', data_root={str(tmp_path / 'data')!r})"
-    script = (
-        "import nanogpt.common.training as training\n"
-        "from nanogpt.common import ranks as module\n"
-        "from nanogpt.common.errors import run_command\n"
-        "from nanogpt.config import Config\n"
-        "def main(argv):\n"
-        "    ranks = module.start('cpu', 'auto', 1)\n"
-        f"    training.checked_tokens({config}, ranks, lambda line: None)\n"
-        "run_command(main)\n"
-    )
-    port, processes = str(free_port()), []
-    for rank in range(2):
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
-            )
-        )
-    said = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], said
-    assert "".join(said).count("error: ") == 1
-    assert "tiny_val_000000.bin" in said[1]
+    children = ranks(2, f"--data_root={tmp_path}/data", module="tests.faults.large_set")
+    assert statuses(children) == [2, 2], stderr_of(children)
+    assert stderr_of(children).count("error: ") == 1
+    assert "tiny_val_000000.bin" in children[1].stderr
+    assert (tmp_path / "run/config.json").exists()
 
 
 # ---- the real torchrun
 
 
-def torchrun(world: int, *argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """`torchrun --standalone` as the README gives it."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={world}",
-        *argv,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+@pytest.fixture
+def torchrun(zygote, tiny_data):
+    """`torchrun(world, words, *flags)`: `torchrun --standalone` as the README has it; its ranks are real processes."""
+
+    def run(world: int, words: list[str], *flags: str, cwd: Path = ROOT):
+        argv = ["--standalone", f"--nproc_per_node={world}", *words, *tiny.FLAGS, f"--data_root={tiny_data}"]
+        return zygote.run([*argv, *flags], module="torch.distributed.run", cwd=cwd, env={"PYTHONPATH": ""})
+
+    return run
 
 
-def test_torchrun_from_the_root_and_from_the_folder(tiny_data, ranks, tmp_path):
-    """Two ranks that execute the run's copy, from both places, with the losses of the forked ranks."""
-    flags = [*tiny.FLAGS, TOKENS, f"--data_root={tiny_data}", "--max_iters=6"]
-    root = torchrun(2, "-m", "nanogpt.train", *flags, f"--out_dir={tmp_path}/root")
-    assert root.returncode == 0, root.stderr
+def test_torchrun_from_the_folder(torchrun, ranks, tmp_path):
+    """Two ranks that execute the run's copy, with the losses of the forked ranks."""
     preset = tmp_path / "mine.py"
     preset.write_text("max_iters = 6\nseed = 1337\n")
-    folder = torchrun(
-        2, "train.py", str(preset), *flags, f"--out_dir={tmp_path}/folder", cwd=ROOT / "nanogpt"
-    )
-    assert folder.returncode == 0, folder.stderr
+    flags = (TOKENS, "--max_iters=6", f"--out_dir={tmp_path}/folder")
+    folder = torchrun(2, ["train.py", str(preset)], *flags, cwd=ROOT / "nanogpt")
+    assert folder.status == 0, folder.stderr
     assert statuses(ranks(2, "--max_iters=6")) == [0, 0]
-    expected = tiny.losses(tmp_path / "run")
-    assert tiny.losses(tmp_path / "root") == tiny.losses(tmp_path / "folder") == expected
+    assert tiny.losses(tmp_path / "folder") == tiny.losses(tmp_path / "run")
 
 
-def test_torchrun_with_ranks_that_do_not_divide_says_so_once(tiny_data, tmp_path):
-    flags = [*tiny.FLAGS, "--tokens_per_step=256", f"--data_root={tiny_data}", f"--out_dir={tmp_path}/run"]
-    done = torchrun(3, "-m", "nanogpt.train", *flags)
-    assert done.returncode != 0
+def test_torchrun_from_the_root_with_ranks_that_do_not_divide_says_so_once(torchrun, tmp_path):
+    done = torchrun(3, ["-m", "nanogpt.train"], "--tokens_per_step=256", f"--out_dir={tmp_path}/run")
+    assert done.status != 0
     lines = [line for line in done.stderr.splitlines() if re.match(r"(\[rank\d\]: *)?error:", line)]
     assert len(lines) == 1, done.stderr
     assert "192 or 384 would" in lines[0]

@@ -175,7 +175,9 @@ def test_ci_runs_the_readme_test_command():
 @pytest.mark.parametrize(("ci", "status"), [("", 0), ("true", 1)])
 @pytest.mark.parametrize("where", ["test", "fixture"])
 def test_a_skipped_slurm_test_fails_on_a_ci_machine_only(tmp_path, ci, status, where):
+    (tmp_path / "tests").mkdir()
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    shutil.copy(ROOT / "tests/suite_cost.py", tmp_path / "tests")
     skip = {"test": ("pass", "pytest.skip('none')"), "fixture": ("pytest.skip('none')", "pass")}[where]
     (tmp_path / "test_it.py").write_text(
         "import pytest\n@pytest.fixture\ndef cluster():\n    {}\n"

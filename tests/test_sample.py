@@ -10,8 +10,8 @@ import pytest
 
 from nanogpt import sample
 from nanogpt.common.errors import UserError
+from nanogpt.common.tokenizer import CharTokenizer, Gpt2Tokenizer, make_tokenizer
 from nanogpt.data import small_sets
-from nanogpt.tokenizer import CharTokenizer, Gpt2Tokenizer, make_tokenizer
 
 CHARS = "\n abcdefghé€😀"  # one to four bytes in UTF-8
 TINY = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--device=cpu")

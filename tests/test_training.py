@@ -1,4 +1,7 @@
-"""A run from the command to the files it leaves: it learns, says what it did, and can be rebuilt from its log."""
+"""A run from the command to the files it leaves: it learns, says what it did, and its log has its source.
+
+That the source from a log trains to the same losses: tests/tools/test_repro.py.
+"""
 
 import json
 import math
@@ -138,29 +141,15 @@ def test_a_log_that_was_changed_is_refused(name, real_run, tmp_path):
         source.from_log(tmp_path / "log.txt")
 
 
-def test_the_rebuilt_source_trains_to_the_same_losses(real_run, tiny_data, tmp_path):
-    source.write_folder(source.from_log(real_run / "log.txt")[0], tmp_path / "again")
-    done = command(
-        *tiny.FLAGS, f"--data_root={tiny_data}", f"--out_dir={tmp_path}/run", cwd=tmp_path / "again"
-    )
-    assert done.returncode == 0, done.stderr
-    assert tiny.losses(tmp_path / "run") == tiny.losses(real_run)
-    assert tiny.final_weights(tmp_path / "run") == tiny.final_weights(real_run)
-
-
-def test_a_resume_runs_the_copy_although_the_repository_has_changed(tiny_data, real_run, tmp_path):
+def test_a_resume_runs_the_copy_although_the_repository_has_changed(trainer, tiny_data, real_run, tmp_path):
     """Queued and preempted runs do not care what is edited meanwhile."""
     clone = tmp_path / "clone"
     shutil.copytree(ROOT / "nanogpt", clone / "nanogpt", ignore=shutil.ignore_patterns("__pycache__"))
+    assert trainer("--max_iters=10").status == 0
+    edited = clone / "nanogpt/train.py"
+    broken = "def go_on(_):\n    raise SystemExit(99)\n\n\ndef before(folder"
+    edited.write_text(edited.read_text().replace("def go_on(folder", broken))
     argv = [*tiny.FLAGS, f"--data_root={tiny_data}", f"--out_dir={tmp_path}/run", "--auto_resume=true"]
-    first = command(*argv, "--max_iters=10", cwd=clone)
-    assert first.returncode == 0, first.stderr
-    model = clone / "nanogpt/model.py"
-    model.write_text(
-        model.read_text().replace(
-            "def forward(self, tokens", "raise SystemExit(99)\n\n    def forward(self, tokens"
-        )
-    )
     second = command(*argv, cwd=clone / "nanogpt", script="train.py")
     assert second.returncode == 0, second.stderr
     assert tiny.losses(tmp_path / "run") == tiny.losses(real_run)
@@ -256,15 +245,14 @@ def test_accumulation_changes_nothing(trainer, tmp_path):
     assert four == pytest.approx(one, rel=1e-5)
 
 
-def test_the_end_of_a_pipe_is_not_the_end_of_a_run(tiny_data, tmp_path):
+def test_the_end_of_a_pipe_is_not_the_end_of_a_run(zygote, trainer, tmp_path):
     """`python -m nanogpt.train ... | head -1`: the run goes on, and its log has every line."""
-    script = '"$0" -m nanogpt.train "$@" | head -1; exit "${PIPESTATUS[0]}"'
-    argv = [*tiny.FLAGS, f"--data_root={tiny_data}", f"--out_dir={tmp_path}/run"]
-    done = subprocess.run(
-        ["bash", "-c", script, sys.executable, *argv], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("\n") == 1
+    pipe = Path(zygote.folder.name) / f"{zygote.count + 1}.out"  # where the next child's output goes
+    os.mkfifo(pipe)
+    child = trainer.start()
+    with pipe.open() as head:
+        assert head.readline()
+    assert (child.wait(), child.stderr) == (0, "")
     assert sorted(tiny.losses(tmp_path / "run")) == list(range(20))
     assert "finished at step 20" in (tmp_path / "run/log.txt").read_text()
 

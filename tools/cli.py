@@ -51,6 +51,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "after a run": {
         "plot": ("tools.plot", "the loss curves of one or more runs: a PNG, and drawn in the terminal"),
+        "sample": ("tools.sample", "a text from a run's model, whichever trainer made it"),
         "export": ("tools.export", "a run's weights as a GPT-2 that transformers loads"),
         "import": (
             "tools.import_checkpoint",
@@ -77,6 +78,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "to learn and to prove": {
+        "selfcheck": (
+            "tools.selfcheck",
+            "`selfcheck speedrun`: five minutes on one GPU, beside public runs",
+        ),
         "drill": (
             "tools.launch.drill",
             "a two-minute job that preempts itself, resumes and compares the losses",

@@ -23,3 +23,4 @@ attention_cap = False
 averaging = False
 two_momenta = False
 sampled_softmax = False
+fp8_backward = False

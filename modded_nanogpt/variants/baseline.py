@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from modded_nanogpt.simple_config import Config
 
@@ -42,6 +43,15 @@ class Variant:
 
     def gates(self, step: int, training: bool) -> list[float] | None:
         """A number for every layer, which `layer` gets; None for all steps when there are none."""
+        return None
+
+    def build_optimizer(
+        self, named_parameters: dict[str, nn.Parameter], config: Config
+    ) -> torch.optim.Optimizer | None:
+        """An optimizer of all parameters, from torch or your own; None: the trainer's Muon and Adam.
+
+        The learning rates of its groups follow the trainer's schedule. `adamw.py` is an example.
+        """
         return None
 
     def observe(self, step: int, loss: float) -> str:

@@ -1,5 +1,6 @@
 """What the small sets share: tiny Shakespeare, ids for characters, publishing, and `already prepared`."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,13 @@ def prepare_small(name: str, root: Path, make: Callable[[], TokenSet]) -> None:
     """`make` the set unless it is there and right, and say what came of it."""
     found = ready(name, root)
     state = "already prepared and verified" if found else "prepared"
-    found = found or make()
+    if found is None:
+        make_folder(root / name)  # a place that refuses shows before the work
+        try:
+            found = make()
+        finally:
+            with contextlib.suppress(OSError):
+                (root / name).rmdir()  # only while it is empty
     print(
         f"{name}: {state}: {found.num_tokens('train'):,} training tokens, {found.num_tokens('val'):,} for "
         f"validation, vocabulary {found.vocab_size:,}, in {found.folder}"

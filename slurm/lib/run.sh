@@ -200,7 +200,7 @@ progress_mark() { # changes when the run has saved a checkpoint
     local out_dir
     out_dir=$(flag_value out_dir)
     # shellcheck disable=SC2012  # only whether it changes matters
-    if [ -n "$out_dir" ]; then { ls -1 "$out_dir/checkpoints" 2>/dev/null || :; } | cksum; fi
+    if [ -n "$out_dir" ]; then { ls -1 "$out_dir/checkpoints" "$out_dir"/seed-*/checkpoints 2>/dev/null || :; } | cksum; fi
 }
 
 state_folder() { # where this job's attempts are noted; beside the logs, so that a requeued job finds it

@@ -14,6 +14,7 @@ import pytest
 from hub_server import COMMIT, REPOSITORY, HubServer, parquet
 
 from nanogpt.common.shards import open_token_set, verify
+from tests.refusal_kit import call
 
 ROOT = Path(__file__).resolve().parents[2]
 PREPARE = ROOT / "nanogpt" / "data" / "openwebtext" / "prepare.py"
@@ -59,6 +60,12 @@ def env(mirror: Path, tmp_path: Path) -> Callable[..., dict[str, str]]:
 def prepare(env: dict[str, str], *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(PREPARE), f"--repository={REPOSITORY}", *FLAGS, *flags]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+
+
+def called(env: dict[str, str], cwd: Path, *flags: str) -> subprocess.CompletedProcess:
+    """The same in this process: what does not come as far as the hub's library, which reads its environment once."""
+    argv = [f"--repository={REPOSITORY}", *FLAGS, *flags]
+    return subprocess.CompletedProcess(argv, *call("nanogpt.data.openwebtext.prepare", argv, cwd, env))
 
 
 def prepare_impatiently(env: dict[str, str], *flags: str) -> subprocess.CompletedProcess:
@@ -119,9 +126,9 @@ def test_killed_in_the_middle_and_resumed_over_bad_connections(hub, env, expecte
     assert shards(folder) == expected
     assert sorted(path.suffix for path in folder.iterdir() if path.suffix != ".bin") == [".json"]
     verify(open_token_set("t", tmp_path / "data"))
-    again = prepare(env(None))  # nothing is asked of the network
+    again = called(env(None), tmp_path)  # nothing is asked of the network
     assert again.returncode == 0 and "already prepared and verified" in again.stdout
-    other = prepare(env(None), "--max_documents=5")
+    other = called(env(None), tmp_path, "--max_documents=5")
     assert other.returncode == 2 and "max_documents was 0, is 5" in other.stderr
 
 
@@ -181,5 +188,5 @@ def test_what_cannot_be_had(hub, env, tmp_path: Path) -> None:
     ],
 )
 def test_bad_flags(env, tmp_path: Path, flags: list[str], said: str) -> None:
-    refused(prepare(env(None), *flags), 2, said)
+    refused(called(env(None), tmp_path, *flags), 2, said)
     assert not (tmp_path / "data").exists()

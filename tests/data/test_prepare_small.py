@@ -1,4 +1,7 @@
-"""The small sets, made by the real commands: counts, bytes, repeats, interruptions, and no network."""
+"""The small sets, as their commands make them: counts, bytes, repeats, interruptions, and no network.
+
+Most of it in the test's own process; what loads GPT-2's vocabulary, or is killed, has one of its own.
+"""
 
 import functools
 import http.server
@@ -16,6 +19,7 @@ import pytest
 import tiktoken
 
 from nanogpt.common.shards import open_token_set, read_chars, verify
+from tests.refusal_kit import call
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_NETWORK = "http://127.0.0.1:9/nothing-listens-here"
@@ -25,12 +29,23 @@ def script(name: str) -> Path:
     return ROOT / "nanogpt" / "data" / name / "prepare.py"
 
 
+@pytest.fixture
+def prepare(tmp_path: Path):
+    """`prepare(name, *flags, VARIABLE=value)`: the command of a set, in this process."""
+
+    def run(name: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
+        module, env = f"nanogpt.data.{name}.prepare", {"DATA_ROOT": str(tmp_path / "data"), **env}
+        return subprocess.CompletedProcess(name, *call(module, list(flags), tmp_path, env))
+
+    return run
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_shakespeare_char(run_python, tmp_path: Path, mirror: Path) -> None:
-    done = run_python(script("shakespeare_char"), env={"DATA_MIRROR": str(mirror)}, cwd=tmp_path)
+def test_shakespeare_char(prepare, tmp_path: Path, mirror: Path) -> None:
+    done = prepare("shakespeare_char", DATA_MIRROR=str(mirror))
     assert done.returncode == 0, done.stderr
     assert "1,003,854 training tokens, 111,540 for validation, vocabulary 65" in done.stdout
     found = open_token_set("shakespeare_char", tmp_path / "data")
@@ -42,7 +57,7 @@ def test_shakespeare_char(run_python, tmp_path: Path, mirror: Path) -> None:
     assert np.array_equal(found.shards_train[0].tokens()[:20_000], expected)
     decoded = "".join(chars[token] for token in found.shards_val[0].tokens())
     assert decoded == text[int(len(text) * 0.9) :]
-    again = run_python(script("shakespeare_char"), env={"DATA_MIRROR": NO_NETWORK})
+    again = prepare("shakespeare_char", DATA_MIRROR=NO_NETWORK)
     assert again.returncode == 0 and "already prepared and verified" in again.stdout
 
 
@@ -61,11 +76,9 @@ def test_shakespeare_in_gpt2_tokens(run_python, tmp_path: Path, mirror: Path, mo
     assert again.returncode == 0 and "301,966" in again.stdout
 
 
-def test_python_source_needs_nothing_and_repeats(run_python, tmp_path: Path) -> None:
+def test_python_source_needs_nothing_and_repeats(prepare, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        done = run_python(
-            script("python_source"), f"--data_root={tmp_path / name}", env={"DATA_MIRROR": NO_NETWORK}
-        )
+        done = prepare("python_source", f"--data_root={tmp_path / name}", DATA_MIRROR=NO_NETWORK)
         assert done.returncode == 0, done.stderr
     one, two = (contents(tmp_path / name / "python_source") for name in ("one", "two"))
     assert one == two
@@ -88,7 +101,7 @@ def test_python_source_splits_by_whole_files() -> None:
 
 
 @pytest.mark.parametrize("address", ["http", "folder with input.txt"])
-def test_mirrors(run_python, tmp_path: Path, mirror: Path, address: str) -> None:
+def test_mirrors(prepare, tmp_path: Path, mirror: Path, address: str) -> None:
     folder = tmp_path / "mirror"
     folder.mkdir()
     name = "tinyshakespeare.txt" if address == "http" else "input.txt"
@@ -97,7 +110,7 @@ def test_mirrors(run_python, tmp_path: Path, mirror: Path, address: str) -> None
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     place = f"http://127.0.0.1:{server.server_port}/" if address == "http" else str(folder)
-    done = run_python(script("shakespeare_char"), env={"DATA_MIRROR": place})
+    done = prepare("shakespeare_char", DATA_MIRROR=place)
     server.shutdown()
     server.server_close()
     assert done.returncode == 0, done.stderr
@@ -116,21 +129,17 @@ def refused(done: subprocess.CompletedProcess, code: int, *said: str) -> None:
         assert word in lines[0]
 
 
-def test_what_cannot_be_had(run_python, tmp_path: Path, mirror: Path) -> None:
+def test_what_cannot_be_had(prepare, tmp_path: Path, mirror: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(
-        run_python(script("shakespeare_char"), env={"DATA_MIRROR": str(empty)}), 2, "DATA_MIRROR", "neither"
-    )
-    refused(
-        run_python(script("shakespeare_char"), env={"DATA_MIRROR": NO_NETWORK}), 69, "DATA_MIRROR", "network"
-    )
+    refused(prepare("shakespeare_char", DATA_MIRROR=str(empty)), 2, "DATA_MIRROR", "neither")
+    refused(prepare("shakespeare_char", DATA_MIRROR=NO_NETWORK), 69, "DATA_MIRROR", "network")
     (empty / "tinyshakespeare.txt").write_bytes((mirror / "tinyshakespeare.txt").read_bytes()[::-1])
-    refused(run_python(script("shakespeare_char"), env={"DATA_MIRROR": str(empty)}), 69, "not the expected")
-    refused(run_python(script("shakespeare_char"), env={"DATA_MIRROR": "ftp://x/y"}), 2, "not fetched")
+    refused(prepare("shakespeare_char", DATA_MIRROR=str(empty)), 69, "not the expected")
+    refused(prepare("shakespeare_char", DATA_MIRROR="ftp://x/y"), 2, "not fetched")
     (tmp_path / "file").write_text("")
     where = f"--data_root={tmp_path / 'file'}"
-    refused(run_python(script("python_source"), where), 74, "file")
+    refused(prepare("python_source", where), 74, "file")
     assert not (tmp_path / "data" / "shakespeare_char").exists()
 
 
@@ -143,24 +152,24 @@ def test_vocabulary_that_cannot_be_had(run_python, tmp_path: Path, mirror: Path)
 
 
 @pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare", "python_source", "openwebtext"])
-def test_help_imports_nothing_heavy_and_flags_are_checked(run_python, name: str) -> None:
+def test_help_imports_nothing_heavy_and_flags_are_checked(run_python, prepare, name: str) -> None:
     done = run_python("-X", "importtime", script(name), "--help")
     assert done.returncode == 0 and "--data_root" in done.stdout
     for heavy in ("torch", "datasets", "tiktoken", "numpy"):
         assert f"| {heavy}\n" not in done.stderr and f" {heavy}\n" not in done.stderr
-    refused(run_python(script(name), "--data_rot=x"), 2, "--data_rot", "did you mean '--data_root'")
-    refused(run_python(script(name), "now"), 2, "unexpected argument")
+    refused(prepare(name, "--data_rot=x"), 2, "--data_rot", "did you mean '--data_root'")
+    refused(prepare(name, "now"), 2, "unexpected argument")
 
 
-def test_damaged_set_is_made_again(run_python, tmp_path: Path, mirror: Path) -> None:
-    run_python(script("shakespeare_char"), env={"DATA_MIRROR": str(mirror)})
+def test_damaged_set_is_made_again(prepare, tmp_path: Path, mirror: Path) -> None:
+    prepare("shakespeare_char", DATA_MIRROR=str(mirror))
     folder = tmp_path / "data" / "shakespeare_char"
     sound = contents(folder)
     for name in sound:
         data = bytearray(sound[name])
         data[len(data) // 2] ^= 4
         (folder / name).write_bytes(data)
-        done = run_python(script("shakespeare_char"), env={"DATA_MIRROR": str(mirror)})
+        done = prepare("shakespeare_char", DATA_MIRROR=str(mirror))
         assert done.returncode == 0 and "prepared" in done.stdout, (name, done.stderr)
         assert contents(folder) == sound, name
 

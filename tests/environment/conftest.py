@@ -114,6 +114,8 @@ def setup(clone: Path, home: Path, python: Path):
     def run(*args: str, wait: bool = True, **env: str):
         command = ["bash", str(clone / "setup_env.sh"), *args]
         full = {**os.environ, "HOME": str(home), "ENV_PYTHON": str(python), "ENV_MIN_FREE_GB": "1", **env}
+        # Stand-ins of one size are replaced within one second, which is all that a .pyc tells its source by.
+        full.setdefault("PYTHONDONTWRITEBYTECODE", "1")
         options = {"env": full, "cwd": home, "text": True, "stdin": subprocess.DEVNULL}
         if wait:
             return subprocess.run(command, capture_output=True, timeout=600, **options)

@@ -43,6 +43,7 @@ class Rig:
     folder: Path
     shim: bool
     seconds: dict[int, float] = field(default_factory=dict)  # of an undisturbed run, by its save interval
+    calls: int = 0  # see `calls_of_a_run`
 
     def argv(self, out: Path, interval: int) -> list[str]:
         """The command line of a run that saves every `interval` steps."""
@@ -60,15 +61,14 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig() -> Iterator[Rig]:
-    """A rig in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="faults-") as name:
-        folder = Path(name)
+def rig(forks: Zygote | None = None) -> Iterator[Rig]:
+    """A rig in a temporary folder, with a forking process of its own unless one is given."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
         tiny.make_data(folder / "data")
-        shim = compile_shim(folder)
-        with Zygote(shim) as zygote:
-            zygote.run(["--check", f"--data_root={folder}/data", *RUN])  # returns once torch is imported
-            yield Rig(zygote, folder, shim is not None)
+        zygote = forks or stack.enter_context(Zygote(compile_shim(folder)))
+        zygote.run(["--check", f"--data_root={folder}/data", *RUN])  # returns once torch is imported
+        yield Rig(zygote, folder, zygote.shim)
 
 
 def unsound(out: Path) -> list[str]:
@@ -161,12 +161,15 @@ def _kill(child, out: Path, rng: random.Random, seconds: float) -> None:
 
 def calls_of_a_run(rig: Rig) -> int:
     """How many calls that change something a whole run makes in its checkpoints folder."""
+    if rig.calls:
+        return rig.calls
     out, target = rig.folder / "counted", rig.folder / "count"
     rig.reference(8)
     environment = {"FAULT": "count", "FAULT_PATH": "/checkpoints", "FAULT_COUNT": str(target)}
     done = rig.zygote.run(rig.argv(out, 8), env=environment)
     assert done.status == 0, done.stderr
-    return int(target.read_text())
+    rig.calls = int(target.read_text())
+    return rig.calls
 
 
 def kills_at_calls(rig: Rig, rng: random.Random, most: int) -> Tally:

@@ -58,16 +58,17 @@ class Child:
 
 
 class Zygote:
-    """Client of the forking process. `preload` is a library that all children have (see shim.py)."""
+    """Client of the forking process. `preload` is a library that all children have (see shim.py), `root` the clone
+    whose code they run (it has this file)."""
 
-    def __init__(self, preload: Path | None = None) -> None:
+    def __init__(self, preload: Path | None = None, root: Path = ROOT) -> None:
         self.folder, self.shim = tempfile.TemporaryDirectory(), preload is not None
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if preload is not None:
             environment["LD_PRELOAD"] = str(preload)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.zygote"],
-            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.started: dict[int, int] = {}
         self.ended: dict[int, int] = {}
@@ -202,3 +203,4 @@ def serve() -> None:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)  # at once: nothing of torch's is to be taken down

@@ -20,7 +20,7 @@ from modded_nanogpt.batches import (
     tokens_needed,
 )
 from modded_nanogpt.config import PRESETS, Config
-from modded_nanogpt.data_plan import find_documents, plan_data
+from modded_nanogpt.data_plan import check_targets, find_documents, plan_data
 from modded_nanogpt.kernels.embedding import Runs
 from modded_nanogpt.schedule import at, stages, total_steps
 from nanogpt.common.errors import UserError
@@ -320,6 +320,24 @@ def test_batches_have_what_the_techniques_need(token_set):
     assert unsigned.sign_rows is None and unsigned.bigram_rows is not None
     without = TrainBatches(token_set, dataclasses.replace(config, bigram=False), 0, 1, CPU).get(0, 0)
     assert without.sign_rows is None and without.bigram_rows is None and without.bigram_rows_cpu is None
+
+
+def test_more_different_tokens_than_a_sampled_step_scores_are_refused_before_training(tmp_path):
+    text, config = random_text(np.random.default_rng(8), 2_000_000), Config(steps=4, extension_steps=1)
+    many = make_set(tmp_path, [text], text[:1000])
+    with pytest.raises(
+        UserError, match=r"a lane of step 0 has 1\d,\d{3} different .* 10,240 are scored; pass --lanes=16"
+    ):
+        check_targets(plan_data(many, config), many, config)
+    check_targets(plan_data(many, config), many, dataclasses.replace(config, sampled_softmax=False))
+    few = make_set(
+        tmp_path, [np.where(text == EOT, EOT, text % 9000).astype(np.uint16)], text[:1000], name="few"
+    )
+    check_targets(plan_data(few, config), few, config)
+    fineweb = make_set(
+        tmp_path, [text], text[:1000], name="fineweb10B"
+    )  # known to have fewer: not read for it
+    check_targets(plan_data(fineweb, config), fineweb, config)
 
 
 def test_length_of_cu_seqlens():

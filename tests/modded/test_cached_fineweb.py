@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modded_nanogpt.data import cached_fineweb10B
+from tests.modded.refusals import refused
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "modded_nanogpt" / "data" / "cached_fineweb10B.py"
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
@@ -258,11 +261,7 @@ def test_four_at_once_agree(hub, tmp_path):
 @pytest.mark.parametrize(
     ("args", "more", "status", "words"),
     [
-        (("0",), {}, 2, "--chunks=0"),
-        (("x",), {}, 2, "--chunks=x"),
         (("104",), {}, 2, "at most 103"),
-        (("100", "--set=finewebedu10B"), {}, 2, "at most 99"),
-        (("--set=fineweb1B",), {}, 2, "did you mean 'fineweb10B'?"),
         (("6",), {}, 69, "404"),
         (("1",), {"HF_ENDPOINT": "http://127.0.0.1:9"}, 69, "HF_ENDPOINT"),
         (("1",), {"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE"),
@@ -272,6 +271,19 @@ def test_bad_requests_are_one_line(hub, tmp_path, args, more, status, words):
     done = download(hub, tmp_path, *args, **more)
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (status, 1), done.stderr
     assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["0"], "--chunks=0"),
+        (["x"], "--chunks=x"),
+        (["100", "--set=finewebedu10B"], "at most 99"),
+        (["--set=fineweb1B"], "did you mean 'fineweb10B'?"),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys, args, words):
+    assert words in refused(cached_fineweb10B.main, args, monkeypatch, capsys, tmp_path)
 
 
 def test_help_is_quick():

@@ -316,6 +316,8 @@ def _job(node: Node, number: int) -> None:
         node.put(f"inductor/{index}", bytes([index]) * 20_000)
     node.put(f"triton/{number}", b"own")
     cache.keep()
+    for line in node.log:
+        print(line, flush=True)
     os._exit(0 if not any("note" in line for line in node.log) else 1)
 
 

@@ -7,13 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from modded_nanogpt.kernels.reference.cross_entropy import head_loss
 from modded_nanogpt.simple_config import Config, lr_factor, resolve
 from modded_nanogpt.simple_data import Stream
 from modded_nanogpt.simple_graphs import in_sequences
-from modded_nanogpt.train_gpt_simple import GPT, SOFTCAP, Muon, Optimizer
+from modded_nanogpt.simple_optim import Muon, Optimizer, OwnOptimizer
+from modded_nanogpt.train_gpt_simple import GPT, SOFTCAP
 from modded_nanogpt.variants import baseline, curriculum, depth_warm, palm_parallel
+from nanogpt.common.errors import UserError
 
 TINY = Config(
     num_layers=4, num_heads=2, model_dim=16, sequence_length=16, batch_size=4, device_batch_size=2, num_iterations=100
@@ -170,3 +173,35 @@ def test_depth_warm_switches_layers_on_one_by_one():
     assert drawn == [again.gates(step, training=True) for step in range(150)]
     other = depth_warm.Variant(replace(TINY, seed=2), 1000, 700)
     assert drawn != [other.gates(step, training=True) for step in range(150)]
+
+
+class _Counting(torch.optim.SGD):
+    """Keeps an integer, a float and a tensor for each parameter."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                kept = self.state[parameter]
+                kept["calls"], kept["half"] = kept.get("calls", 0) + 1, 0.5
+                kept["last"] = parameter.grad.clone()
+
+
+def test_numbers_of_a_variants_optimizer_come_back_as_they_were():
+    plan = resolve(TINY, 1)
+
+    def made() -> tuple[nn.Module, OwnOptimizer]:
+        model = nn.Linear(3, 2)
+        return model, OwnOptimizer(model, _Counting(model.parameters(), lr=0.1), TINY, plan)
+
+    (model, first), (other, second) = made(), made()
+    model(torch.ones(1, 3)).sum().backward()
+    first.step(0)
+    second.load(first.tensors(), "here")
+    state = second.own.state[other.weight]
+    assert state["calls"] == 1 and isinstance(state["calls"], int) and state["half"] == 0.5
+    assert torch.equal(state["last"], first.own.state[model.weight]["last"])
+    with pytest.raises(UserError, match="here: its optimizer does not fit this run"):
+        second.load({"gone/last": torch.ones(1)}, "here")
+    with pytest.raises(UserError, match="build_optimizer leaves out bias"):
+        OwnOptimizer(model, torch.optim.SGD([model.weight], lr=0.1), TINY, plan)

@@ -15,6 +15,8 @@ from modded_nanogpt import train_gpt
 from nanogpt.common.machine import has_nvidia_driver
 from nanogpt.common.manifest import write_manifest
 from nanogpt.common.shards import write_shard
+from tests.modded.forked import finished, launch
+from tests.modded.refusals import refused
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, EOT, STEPS = 512, 511, 7
@@ -53,31 +55,29 @@ def environment(data: Path) -> dict[str, str]:
     return {**kept, "DATA_ROOT": str(data), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def start(data: Path, out: Path, *flags: str, ranks: int = 1) -> subprocess.Popen:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    )
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "modded_nanogpt.train_gpt",
-        *FLAGS,
-        f"--out_dir={out}",
-        *flags,
-    ]
+def start(data: Path, out: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "modded_nanogpt.train_gpt", *FLAGS, f"--out_dir={out}", *flags]
     return subprocess.Popen(
         command, env=environment(data), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
-def run(
-    data: Path, out: Path, *flags: str, ranks: int = 1, status: int = 0, timeout: float = 600
-) -> tuple[str, str]:
-    process = start(data, out, *flags, ranks=ranks)
+def run(data: Path, out: Path, *flags: str, timeout: float = 600) -> str:
+    """What the command has printed."""
+    process = start(data, out, *flags)
     said, errors = process.communicate(timeout=timeout)
-    assert process.returncode == status, (said, errors)
-    return said, errors
+    assert process.returncode == 0, (said, errors)
+    return said
+
+
+@pytest.fixture
+def fork(zygote, data):
+    """`fork(out, *flags)`: the children of a launch like `start`'s."""
+
+    def begin(out: Path, *flags: str, ranks: int = 1) -> list:
+        return launch(zygote, "train_gpt", [*FLAGS, f"--out_dir={out}", *flags], data, ranks)
+
+    return begin
 
 
 def records(out: Path, event: str) -> list[dict]:
@@ -89,11 +89,11 @@ def losses(out: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in records(out, "train")}
 
 
-@pytest.fixture(scope="session")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def undisturbed(zygote, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happens to."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run(data, out)
+    finished(launch(zygote, "train_gpt", [*FLAGS, f"--out_dir={out}"], data))
     return out
 
 
@@ -114,18 +114,21 @@ def test_it_learns_and_leaves_evidence(undisturbed):
     assert (undisturbed / "source" / "modded_nanogpt" / "kernels" / "mlp.py").exists()
 
 
-def test_killed_and_told_to_stop_it_resumes_exactly(data, undisturbed, tmp_path):
-    """SIGKILL after the checkpoint of an even step, SIGTERM later on: every loss equals the undisturbed run's."""
+def test_killed_and_told_to_stop_it_resumes_exactly(data, fork, undisturbed, tmp_path):
+    """SIGKILL after the checkpoint of an even step, SIGTERM later on: every loss equals the undisturbed run's.
+
+    The first attempt is warmed up, which must change nothing; the last one is the command itself.
+    """
     out = tmp_path / "run"
-    process = start(data, out, "--save_interval=2")
-    wait_for(lambda: (out / "checkpoints" / "step_00000002").exists() or process.poll() is not None)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    process = start(data, out, "--save_interval=2", "--auto_resume=true")
-    wait_for(lambda: len(records(out, "resume")) == 1 or process.poll() is not None)
-    process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=600)
-    assert process.returncode == 75, (said, errors)
+    (child,) = fork(out, "--save_interval=2", "--warmup=true")
+    wait_for(lambda: (out / "checkpoints" / "step_00000004").exists() or child.status is not None)
+    os.kill(child.pid, signal.SIGKILL)
+    said, _ = finished([child], status=-signal.SIGKILL)
+    assert "warm-up done" in said
+    (child,) = fork(out, "--save_interval=2", "--auto_resume=true")
+    wait_for(lambda: len(records(out, "resume")) == 1 or child.status is not None)
+    os.kill(child.pid, signal.SIGTERM)
+    said, _ = finished([child], status=75)
     assert "checkpoint saved; go on with" in said
     run(data, out, "--auto_resume=true")
     assert losses(out) == losses(undisturbed)
@@ -143,8 +146,8 @@ def wait_for(condition, seconds: float = 120.0) -> None:
         time.sleep(0.02)
 
 
-def test_two_ranks_train_the_same_lanes(data, undisturbed, tmp_path):
-    run(data, tmp_path / "two", ranks=2)
+def test_two_ranks_train_the_same_lanes(fork, undisturbed, tmp_path):
+    finished(fork(tmp_path / "two", ranks=2))
     alone, together = losses(undisturbed), losses(tmp_path / "two")
     assert list(together) == list(alone)
     assert (
@@ -167,19 +170,13 @@ def test_a_run_is_replayed_from_its_log_alone(data, undisturbed, tmp_path):
     assert losses(tmp_path / "again") == losses(undisturbed)
 
 
-def test_a_warm_up_changes_nothing(data, undisturbed, tmp_path):
-    said, _ = run(data, tmp_path / "warm", "--warmup=true")
-    assert "warm-up done" in said
-    assert losses(tmp_path / "warm") == losses(undisturbed)
-
-
 @pytest.mark.gpu
 def test_on_a_gpu_it_learns_as_on_a_cpu_and_stops_when_asked(data, undisturbed, tmp_path):
     """In bfloat16 and FP8, compiled and warmed up before the clock; other random weights than a CPU draws."""
     if not HAS_GPU:
         pytest.skip("no NVIDIA driver on this machine")
     flags = ("--device=cuda", "--warmup=true", f"--compile_cache={tmp_path}/caches")
-    said, _ = run(data, tmp_path / "gpu", *flags, timeout=900)
+    said = run(data, tmp_path / "gpu", *flags, timeout=900)
     assert "warm-up done" in said and "compiled: true" in said
     here, there = (
         [line["val_loss"] for line in records(out, "val")] for out in (tmp_path / "gpu", undisturbed)
@@ -194,8 +191,8 @@ def test_on_a_gpu_it_learns_as_on_a_cpu_and_stops_when_asked(data, undisturbed, 
     assert process.returncode == 75, (said, errors)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
-    _, errors = run(data, tmp_path / "nan", "--muon_lr=1e3", "--adam_lr=1e3", status=70)
+def test_a_loss_that_is_no_number_stops_the_run(fork, tmp_path):
+    _, errors = finished(fork(tmp_path / "nan", "--muon_lr=1e3", "--adam_lr=1e3"), status=70)
     assert errors.count("error: ") == 1 and "lower --muon_lr" in errors and "Traceback" not in errors
 
 
@@ -215,19 +212,17 @@ def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
         (["--overwrite=true", "--auto_resume=true"], "keep one"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(data, tmp_path, flags, said):
-    _, errors = run(data, tmp_path / "bad", *flags, status=2)
-    assert errors.count("\n") == 1 and errors.startswith("error: ") and said in errors, errors
+def test_bad_input_is_one_line(data, tmp_path, monkeypatch, capsys, flags, said):
+    argv = [*FLAGS, f"--out_dir={tmp_path}/bad", *flags]
+    assert said in refused(train_gpt.main, argv, monkeypatch, capsys, data)
     assert not (tmp_path / "bad" / "config.json").exists()
 
 
 @pytest.mark.parametrize("world", ["3", "16", "zero"])
-def test_a_world_of_another_size_is_refused(data, tmp_path, world):
-    done = subprocess.run(
-        [sys.executable, "-m", "modded_nanogpt.train_gpt", *FLAGS, f"--out_dir={tmp_path / 'x'}"],
-        env={**environment(data), "WORLD_SIZE": world}, cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 2 and f"WORLD_SIZE={world}" in done.stderr.replace("'", "")
+def test_a_world_of_another_size_is_refused(data, tmp_path, monkeypatch, capsys, world):
+    argv = [*FLAGS, f"--out_dir={tmp_path}/x"]
+    line = refused(train_gpt.main, argv, monkeypatch, capsys, data, WORLD_SIZE=world)
+    assert f"WORLD_SIZE={world}" in line.replace("'", "")
 
 
 def test_without_a_gpu_the_real_tracks_say_what_to_do(data, tmp_path):

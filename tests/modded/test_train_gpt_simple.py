@@ -1,18 +1,21 @@
 """The small trainer as a user runs it, on the CPU: one run, several in one process, stopped, resumed, replayed."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from simple_kit import (
+from modded_nanogpt import simple_launch
+from tests.modded.forked import finished, launch
+from tests.modded.refusals import refused
+from tests.modded.simple_kit import (
     FLAGS,
     ROOT,
     STEPS,
@@ -22,7 +25,6 @@ from simple_kit import (
     make_data,
     records,
     run,
-    start,
     wait_for,
 )
 
@@ -53,6 +55,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture
+def fork(zygote, data):
+    """`fork(*flags)`: the children of a launch."""
+    return lambda *flags: launch(zygote, "train_gpt_simple", [*FLAGS, *flags], data)
+
+
+@pytest.fixture
+def refuse(data, monkeypatch, capsys):
+    """`refuse(*flags)`: the line that the trainer says then."""
+    main = partial(simple_launch.launch, description="")
+    return lambda *flags, **more: refused(main, [*FLAGS, *flags], monkeypatch, capsys, data, **more)
+
+
 def write_plan(folder: Path, out: Path, idea: Path, **runs: dict) -> Path:
     """A plan whose last run is the user's own variant."""
     entries = [{"out_dir": str(out / name), **entry} for name, entry in runs.items()]
@@ -68,7 +83,7 @@ def planned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder = tmp_path_factory.mktemp("planned")
     idea = folder / "my_idea.py"
     idea.write_text(IDEA)
-    said, _ = run(data, f"--plan={write_plan(folder, folder, idea, **RUNS)}", "--save_interval=4")
+    said = run(data, f"--plan={write_plan(folder, folder, idea, **RUNS)}", "--save_interval=4")
     return folder, said
 
 
@@ -101,34 +116,34 @@ def test_the_same_run_again_in_one_process_is_the_same(planned):
     assert len(set(finals.values())) == len(finals) - 1, finals  # all others differ
 
 
-def test_a_run_alone_equals_its_place_in_a_plan(data, planned, tmp_path):
-    run(data, f"--out_dir={tmp_path}/alone", "--seed=1")
+def test_a_run_alone_equals_its_place_in_a_plan(fork, planned, tmp_path):
+    finished(fork(f"--out_dir={tmp_path}/alone", "--seed=1"))
     assert losses(tmp_path / "alone") == losses(planned[0] / "muon")
 
 
-def test_a_plan_is_killed_and_told_to_stop_and_goes_on_exactly(data, planned, tmp_path):
+def test_a_plan_is_killed_and_told_to_stop_and_goes_on_exactly(fork, planned, tmp_path):
     """SIGKILL in the first run, SIGTERM in the second, whose variant has a state: every loss is the undisturbed one."""
     idea = tmp_path / "my_idea.py"
     idea.write_text(IDEA)
     runs = {name: RUNS[name] for name in ("depth", "curriculum")}
     flags = (f"--plan={write_plan(tmp_path, tmp_path, idea, **runs)}", "--save_interval=1")
     first, second = tmp_path / "depth", tmp_path / "curriculum"
-    process = start(data, *flags)
-    wait_for(lambda: (first / "checkpoints" / "step_00000002").exists() or process.poll() is not None)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    process = start(data, *flags)
-    wait_for(lambda: (second / "checkpoints" / "step_00000003").exists() or process.poll() is not None)
-    process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=600)
-    assert process.returncode == 75 and "checkpoint saved; go on with" in said, (said, errors)
+    (child,) = fork(*flags)
+    wait_for(lambda: (first / "checkpoints" / "step_00000002").exists() or child.status is not None)
+    os.kill(child.pid, signal.SIGKILL)
+    finished([child], status=-signal.SIGKILL)
+    (child,) = fork(*flags)
+    wait_for(lambda: (second / "checkpoints" / "step_00000003").exists() or child.status is not None)
+    os.kill(child.pid, signal.SIGTERM)
+    said, _ = finished([child], status=75)
+    assert "checkpoint saved; go on with" in said
     assert not (tmp_path / "idea").exists()
-    said, _ = run(data, *flags)
+    said, _ = finished(fork(*flags))
     assert "1 of 3 runs are finished already" in said and "resumed from" in said
     for name in (*runs, "idea"):
         assert losses(tmp_path / name) == losses(planned[0] / name)
     assert records(second, "resume") and records(second, "end")[-1]["status"] == "finished"
-    said, _ = run(data, *flags)
+    said, _ = finished(fork(*flags))
     assert said == "3 of 3 runs are finished already\n"
 
 
@@ -158,31 +173,29 @@ def test_a_run_is_replayed_from_its_log_alone(data, planned, tmp_path):
     assert losses(tmp_path / "again") == losses(planned[0] / "idea")
 
 
-def test_a_plan_that_its_first_runs_source_cannot_serve_is_refused(data, planned, tmp_path):
+def test_a_plan_that_its_first_runs_source_cannot_serve_is_refused(fork, refuse, tmp_path):
     """The first run was begun alone, without the idea of the second."""
     idea, first = tmp_path / "my_idea.py", tmp_path / "first"
     idea.write_text(IDEA)
     first.mkdir()
     (first / "stop").touch()
-    run(data, f"--out_dir={first}", "--seed=1", status=75)
+    finished(fork(f"--out_dir={first}", "--seed=1"), status=75)
     entries = [
         {"out_dir": str(first), "seed": 1},
         {"out_dir": str(tmp_path / "second"), "variant": str(idea)},
     ]
     (tmp_path / "plan.json").write_text(json.dumps(entries))
-    _, errors = run(data, f"--plan={tmp_path}/plan.json", status=2)
-    *notes, error = errors.splitlines()
-    assert all(note.startswith("note: ") for note in notes) and "was begun without it" in error, errors
+    assert "was begun without it" in refuse(f"--plan={tmp_path}/plan.json", notes=True)
     assert not (tmp_path / "second").exists() and len(records(first, "end")) == 1
 
 
-def test_stop_file_and_a_resume_without_the_variants_file(data, planned, tmp_path):
+def test_stop_file_and_a_resume_without_the_variants_file(data, fork, refuse, planned, tmp_path):
     idea, out = tmp_path / "my_idea.py", tmp_path / "out"
     idea.write_text(IDEA)
     out.mkdir()
     (out / "stop").touch()
     flags = (f"--out_dir={out}", f"--variant={idea}", "--seed=1")
-    said, _ = run(data, *flags, status=75)
+    said, _ = finished(fork(*flags), status=75)
     assert f"rm {out}/stop" in said and records(out, "end")[-1]["status"] == "stopped"
     (out / "stop").unlink()
     idea.unlink()
@@ -190,17 +203,16 @@ def test_stop_file_and_a_resume_without_the_variants_file(data, planned, tmp_pat
     assert losses(out) == losses(planned[0] / "idea")
     (last,) = (out / "checkpoints").iterdir()  # a finished run keeps its weights, and nothing else
     assert sorted(path.stem for path in last.iterdir()) == ["manifest", "manifest", "model", "state"]
-    _, errors = run(
-        data, *flags, "--auto_resume=true", "--num_iterations=9", "--accept_changed=config", status=2
-    )
+    more = (*flags, "--auto_resume=true", "--accept_changed=config")
+    _, errors = finished(fork(*more, "--num_iterations=9"), status=2)
     assert "a finished run keeps no optimizer" in errors
-    said, _ = run(data, *flags, "--auto_resume=true", "--num_iterations=6", "--accept_changed=config")
+    said, _ = finished(fork(*more, "--num_iterations=6"))
     assert "finished, val loss" in said and len(records(out, "end")) == 2
 
 
-def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
-    _, errors = run(data, f"--out_dir={tmp_path}/nan", "--embed_lr=1e3", "--muon_lr=1e3", "--head_lr=1e3",
-                    "--muon_wd=1e3", status=70)  # fmt: skip
+def test_a_loss_that_is_no_number_stops_the_run(fork, tmp_path):
+    rates = ("--embed_lr=1e3", "--muon_lr=1e3", "--head_lr=1e3", "--muon_wd=1e3")
+    _, errors = finished(fork(f"--out_dir={tmp_path}/nan", *rates), status=70)
     assert errors.count("error: ") == 1 and "lower --muon_lr" in errors and "Traceback" not in errors
 
 
@@ -212,7 +224,7 @@ def test_on_a_gpu_one_compilation_serves_several_runs(data, planned, tmp_path):
     names = ("muon", "adam", "curriculum", "depth", "again")
     entries = [{"out_dir": str(tmp_path / name), **RUNS[name]} for name in names]
     (tmp_path / "plan.json").write_text(json.dumps(entries))
-    said, _ = run(data, f"--plan={tmp_path}/plan.json", "--device=cuda", timeout=900)
+    said = run(data, f"--plan={tmp_path}/plan.json", "--device=cuda", timeout=900)
     assert said.count("compiled and warmed up") == 3 and said.count("nothing is compiled") == 2
     for name in names:
         there, here = losses(planned[0] / name), losses(tmp_path / name)
@@ -241,10 +253,9 @@ def test_on_a_gpu_one_compilation_serves_several_runs(data, planned, tmp_path):
         (["--plan=none.json"], "none.json"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(data, tmp_path, flags, said):
+def test_bad_input_is_one_line(refuse, tmp_path, flags, said):
     out = [] if "--plan=none.json" in flags else [f"--out_dir={tmp_path}/bad"]
-    _, errors = run(data, *out, *flags, status=2)
-    assert errors.count("\n") == 1 and errors.startswith("error: ") and said in errors, errors
+    assert said in refuse(*out, *flags)
     assert not (tmp_path / "bad").exists()
 
 
@@ -268,73 +279,53 @@ def test_bad_input_is_one_line(data, tmp_path, flags, said):
         ('[{"out_dir": "OUT/a"}, {"out_dir": "OUT/b", "flags": {"warmdown_iters": 9}}]', "OUT/b: --warmdown_iters=9"),
     ],
 )  # fmt: skip
-def test_a_bad_plan_is_one_line_and_nothing_is_trained(data, tmp_path, text, said):
+def test_a_bad_plan_is_one_line_and_nothing_is_trained(refuse, tmp_path, text, said):
     path = tmp_path / "plan.json"
     path.write_text(text.replace("OUT", str(tmp_path)))
-    _, errors = run(data, f"--plan={path}", status=2)
-    assert errors.count("\n") == 1 and errors.startswith("error: "), errors
-    assert said.replace("OUT", str(tmp_path)) in errors
+    assert said.replace("OUT", str(tmp_path)) in refuse(f"--plan={path}")
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("def f(:", "not Python"),
-        ("x = 1", "has no class Variant"),
-        ("class Variant:\n    pass", "must be derived from"),
-    ],
-)
-def test_a_bad_variant_is_one_line(data, tmp_path, text, said):
-    idea = tmp_path / "wrong.py"
-    idea.write_text(text)
-    _, errors = run(data, f"--out_dir={tmp_path}/bad", f"--variant={idea}", status=2)
-    assert errors.count("\n") == 1 and said in errors, errors
+def test_a_bad_variant_is_one_line(fork, refuse, tmp_path):
+    idea, flags = tmp_path / "wrong.py", (f"--out_dir={tmp_path}/bad", f"--variant={tmp_path}/wrong.py")
+    for text, said in (("def f(:", "not Python"), ("x = 1", "has no class Variant")):
+        idea.write_text(text)
+        assert said in refuse(*flags)
+    idea.write_text("class Variant:\n    pass")  # which only the run's own process can see
+    _, errors = finished(fork(*flags), status=2)
+    assert errors.count("\n") == 1 and "must be derived from" in errors, errors
     idea = tmp_path / "baseline.py"
     idea.write_text(IDEA)
-    assert (
-        "give your copy a new one" in run(data, f"--out_dir={tmp_path}/x", f"--variant={idea}", status=2)[1]
-    )
+    assert "give your copy a new one" in refuse(f"--out_dir={tmp_path}/x", f"--variant={idea}")
 
 
-def test_flags_win_over_variables_and_variables_over_presets(data, tmp_path):
+def test_flags_win_over_variables_and_variables_over_presets(data, monkeypatch, capsys):
+    def check(*argv: str, **variables: str) -> str:
+        with monkeypatch.context() as patched:
+            for name, value in {"DATA_ROOT": str(data), **variables}.items():
+                patched.setenv(name, value)
+            assert simple_launch.launch([*argv, "--dataset=tiny", "--check=true", "--val_tokens=64"], "") == 0
+        said = capsys.readouterr()
+        assert "512" not in said.err
+        return said.out
+
     stage = {
         "STAGE_NUM_ITERATIONS": "4",
         "STAGE_WARMDOWN_ITERS": "1",
         "STAGE_BATCH_SIZE": "8",
         "STAGE_DEVICE_BATCH_SIZE": "4",
     }
-    words = (
-        "modded_nanogpt.train_gpt_simple",
-        "tiny",
-        "--dataset=tiny",
-        "--check=true",
-        "--batch_size=16",
-        "--val_tokens=64",
-    )
-
-    def check(**variables: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", *words], env=environment(data, **variables), cwd=ROOT, capture_output=True,
-            text=True, timeout=600,
-        )  # fmt: skip
-
-    done = check(**stage)
-    assert "4 steps, the last 1 of them" in done.stdout and "4 micro-steps x 4 sequences" in done.stdout, done
-    done = check(STAGE_BATCH_SIZE="many")
-    assert done.returncode == 2 and done.stderr.startswith(
-        "error: STAGE_BATCH_SIZE=many: expected a whole number"
-    )
+    said = check("tiny", "--batch_size=16", **stage)
+    assert "4 steps, the last 1 of them" in said and "4 micro-steps x 4 sequences" in said, said
+    argv = ["tiny", "--dataset=tiny", "--check=true"]
+    main = partial(simple_launch.launch, description="")
+    line = refused(main, argv, monkeypatch, capsys, data, STAGE_BATCH_SIZE="many")
+    assert line.startswith("error: STAGE_BATCH_SIZE=many: expected a whole number")
     for name, expected in (
         ("historical", "5,100 steps, the last 1,450"),
         ("simple", "3,250 steps, the last 2,275"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", words[0], name, "--dataset=tiny", "--check=true", "--repeat_data=true",
-             "--sequence_length=8", "--val_tokens=64"],
-            env=environment(data), cwd=ROOT, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert expected in done.stdout and "512" not in done.stderr, done
+        assert expected in check(name, "--repeat_data=true", "--sequence_length=8")
 
 
 def test_help_does_not_import_torch(data):
@@ -344,3 +335,38 @@ def test_help_does_not_import_torch(data):
     )  # fmt: skip
     assert done.returncode == 0 and "--variant" in done.stdout and "| torch" not in done.stderr
     assert "historical, simple, tiny" in done.stdout and VOCAB and FLAGS
+
+
+def test_a_variant_brings_an_optimizer_of_its_own_and_resumes_exactly(fork, tmp_path):
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    finished(fork(f"--out_dir={whole}", "--variant=adamw"))
+    found = losses(whole)
+    assert found["val", STEPS] < found["val", 0] - 0.1
+    halved.mkdir()
+    (halved / "stop").touch()
+    finished(fork(f"--out_dir={halved}", "--variant=adamw"), status=75)
+    (halved / "stop").unlink()
+    finished(fork(f"--out_dir={halved}", "--variant=adamw", "--auto_resume=true"))
+    assert losses(halved) == found and records(halved, "resume")
+
+
+def test_a_run_stops_early_on_its_whole_schedule(fork, planned, tmp_path):
+    out = tmp_path / "early"
+    finished(fork(f"--out_dir={out}", "--seed=1", "--stop_step=4", "--val_steps=1,2", "--val_loss_every=0"))
+    whole, found = losses(planned[0] / "muon"), losses(out)
+    training = {key: loss for key, loss in found.items() if key[0] == "train"}
+    assert len(training) == 4 and training.items() <= whole.items()
+    assert [line["step"] for line in records(out, "val")] == [1, 2, 4]
+    assert records(out, "end")[0]["step"] == 4 and records(out, "end")[0]["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--stop_step=7",), "--stop_step=7: more than --num_iterations=6"),
+        (("--val_steps=1,x",), "--val_steps=1,x: 'x' is no step"),
+        (("--val_steps=5", "--stop_step=4"), "--val_steps=5: the run ends after step 4, before 5"),
+    ],
+)
+def test_steps_that_cannot_be(refuse, flags, why):
+    assert why in refuse(*flags)

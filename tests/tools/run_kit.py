@@ -23,7 +23,7 @@ def make_clone(folder: Path) -> Path:
     """Copy what the commands need of the repository to `folder`."""
     for name in ("nanogpt", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "slurm" / "lib").mkdir(parents=True)  # what a checkout is known by
+    shutil.copytree(ROOT / "slurm" / "lib", folder / "slurm" / "lib")  # what a checkout is known by
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 

@@ -8,8 +8,8 @@
 DIR is an experiment (experiment_logs/<name>_<timestamp>, or the name alone: the newest), a study's name, a run
 directory (out/<run>), or a folder of them. Plain runs that differ in nothing but the seed make one row. Every variant
 is held against the baseline of its stage: the experiment whose modification_type is "none", or the one that --baseline
-names. Runs that failed are listed with the reason and enter no mean. The plots go to --out as PNG and SVG (default:
-`analysis` in the first DIR).
+names. Runs that failed are listed with the reason and enter no mean. The plots go to --out as PNG, SVG and PDF
+(default: `analysis` in the first DIR).
 """
 
 import json
@@ -69,6 +69,7 @@ def analyze(study: Study, target: float | None = None, baseline: str = "") -> An
             and group.losses
         ):
             found.comparisons.append(findings.compare(base, group))
+    findings.adjust(found.comparisons)
     return found
 
 
@@ -83,7 +84,19 @@ def _baselines(groups: Sequence[Group]) -> dict[str, Group]:
 
 def table(found: Analysis) -> list[str]:
     """One line a group, best mean loss first, baselines marked with *."""
-    head = ["variant", "runs", "loss", "sd", "95% interval", "p < target", "gain", "p", "answer", "time"]
+    head = [
+        "variant",
+        "runs",
+        "loss",
+        "sd",
+        "95% interval",
+        "p < target",
+        "gain",
+        "p",
+        "Holm",
+        "answer",
+        "time",
+    ]
     rows = []
     known = [one for one in found.groups if one.loss["mean"] is not None]
     ordered = sorted(known, key=lambda one: one.loss["mean"]) + [
@@ -102,6 +115,7 @@ def table(found: Analysis) -> list[str]:
                 words.p_value(one.track1.p) if one.track1 else "-",
                 f"{loss.difference:+.4f}" if loss else "-",
                 words.p_value(loss.p) if loss else "-",
+                words.p_value(against.holm) if against else "-",
                 against.verdict if against else "-",
                 words.seconds(one.time["mean"]),
             ]
@@ -122,7 +136,10 @@ def text(found: Analysis) -> list[str]:
     targets = sorted({one.target for one in found.groups})
     lines = [*table(found), ""]
     aims = ", ".join(f"{aim:g}" for aim in targets[:4])
-    lines.append(f"target {aims}; gain: loss saved against the baseline (*); p: one-sided; sd: over seeds")
+    lines.append(
+        f"target {aims}; gain: loss saved against the baseline (*); p: one-sided; Holm: p for all variants at once; "
+        "sd: over seeds"
+    )
     many = len(found.groups) > 12
     for one in found.groups if not many else []:
         lines += ["", f"{one.group.name}:"] + [compare.wrapped(sentence) for sentence in one.sentences]
@@ -176,6 +193,7 @@ def as_json(found: Analysis) -> dict:
                 "time": one.time, "losses": one.group.losses, "seeds": [run.seed for run in one.group.counted],
                 "track1": vars(one.track1) if one.track1 else None,
                 "track3": vars(one.track3) if one.track3 else None,
+                "track3_step": one.track3_step,
                 "reached_target": [vars(hit) for hit in one.reached], "sentences": one.sentences,
                 "excluded": [
                     {"run": run.name, "seed": run.seed, "reason": run.reason} for run in one.group.excluded

@@ -6,10 +6,10 @@
     engaging compare out/baseline out/palm --want=0.002        # how many seeds would show a difference of 0.002
     engaging compare out/baseline out/palm --looks=4,8,12      # a plan that was made before the first run
 
-Each side is an experiment, a run directory, or a folder or a pattern of run directories of one variant. Losses are
-compared by Welch's t-test, or by the paired test where the runs took turns on one machine; times only on equal
-hardware. With --looks the p-value must be below the level of this look, which allows to stop early without fooling
-oneself:
+What differs between the two comes first: configuration, source, hardware. Each side is an experiment, a run directory,
+or a folder or a pattern of run directories of one variant. Losses are compared by Welch's t-test, or by the paired test
+where the runs took turns on one machine; times only on equal hardware. With --looks the p-value must be below the level
+of this look, which allows to stop early without fooling oneself:
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.analysis import findings, load, planning, words
+from tools.analysis import changes, findings, load, planning, words
 from tools.analysis.records import Group
 from tools.args import Parser
 
@@ -44,11 +44,30 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of words")
     args = parser.read(argv)
     baseline, variant = (one_group(path) for path in (args.baseline, args.variant))
+    _refuse_trials(baseline, variant)
     if baseline.path.resolve() == variant.path.resolve() and baseline.name == variant.name:
         raise UserError(f"{args.variant}: is the baseline itself; name two different ones")
     found = findings.compare(baseline, variant, looks=args.looks, wanted=args.want, pairing=args.pairing)
-    print(json.dumps(as_json(found), indent=1) if args.json else "\n".join(text(found)))
+    changed = changes.find(baseline, variant)
+    if said := changes.caution(changed):
+        found.cautions.append(said)
+    if args.json:
+        print(json.dumps({**as_json(found), "changed": dataclasses.asdict(changed)}, indent=1))
+    else:
+        print("\n".join([*changes.text(changed), "", *text(found)]))
     return 0
+
+
+def _refuse_trials(*groups: Group) -> None:
+    """UserError for a sweep's trial: the seeds that have chosen it cannot prove it."""
+    from tools.experiments.sweep import trial_of
+
+    for group in groups:
+        if name := trial_of(group.path):
+            raise UserError(
+                f"{group.name}: a trial of the sweep {name}: its seeds have chosen it, so they prove nothing; "
+                f"engaging experiment sweep {name} --final trains the best of each arm on others"
+            )
 
 
 def one_group(path: Path) -> Group:
@@ -111,6 +130,7 @@ def as_json(found: findings.Comparison) -> dict:
         "time_refused",
         "track3",
         "pairs",
+        "holm",
         "needed",
         "wanted",
     )

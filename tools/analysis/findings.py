@@ -16,6 +16,11 @@ from tools.analysis.curves import Curve
 from tools.analysis.records import Group, Run
 from tools.analysis.statistics import ALPHA, Difference, OneSample, Track3
 
+NOT_IN_TURN = (
+    "the runs did not take turns on one machine: a small difference in time may be the machine's; run them "
+    "interleaved before you publish it"
+)
+
 
 @dataclass(frozen=True)
 class Reached:
@@ -37,6 +42,7 @@ class GroupFinding:
     track1: OneSample | None
     track3: Track3 | None
     reached: list[Reached] = field(default_factory=list)
+    track3_step: int | None = None  # the first at which track 3's rule passes
     sentences: list[str] = field(default_factory=list)
 
 
@@ -54,6 +60,7 @@ class Comparison:
     time_refused: str = ""
     track3: Track3 | None = None
     pairs: int = 0
+    holm: float | None = None  # p of the loss, adjusted for all variants that were tested at once
     needed: int | None = None  # runs a side (or pairs) for `wanted`
     wanted: float | None = None
     visible: float | None = None  # the difference that this many runs see in 9 of 10 studies
@@ -80,14 +87,56 @@ def examine(group: Group, target: float | None = None) -> GroupFinding:
     found = GroupFinding(
         group, aim, statistics.describe(losses), statistics.describe(group.seconds), None, None
     )
-    if losses:
+    if losses and not repeated(group):
         found.track1 = statistics.track1(losses, aim)
         if len(group.steps) == len(runs):
             found.track3 = statistics.track3(losses, group.steps, aim)
         curves = [run.metrics.val for run in runs if run.metrics]
+        if len(curves) == len(runs):
+            found.track3_step = statistics.first_track3_step([_by_step(curve) for curve in curves], aim)
         found.reached = [hit for hit in (first_at(curve, aim) for curve in curves) if hit]
     found.sentences = words.about_target(found)
     return found
+
+
+def _by_step(curve: Curve) -> dict[int, float]:
+    return dict(zip(map(int, curve.step), map(float, curve.loss), strict=True))
+
+
+def adjust(found: Sequence[Comparison]) -> None:
+    """Holm's p beside the raw one, where several variants were tested against their baselines at once."""
+    tested = [one for one in found if one.loss and one.loss.p is not None]
+    if len(tested) < 2:
+        return
+    for one, p in zip(tested, statistics.holm([one.loss.p for one in tested]), strict=True):
+        one.holm = p
+        one.sentences.append(
+            f"Of {len(tested)} variants tested at once; adjusted for that (Holm): {words.p_is(p)}."
+        )
+        if one.verdict == "helped" and p >= one.level:
+            one.cautions.append(
+                f"{one.variant.name}: among {len(tested)} variants tested at once its p is {words.p_value(p)} (Holm), "
+                f"not below {one.level:.2g}: repeat it with new seeds before you claim it"
+            )
+
+
+def repeated(group: Group) -> str:
+    """Which runs are others once more, in words, or "": listed again they would make any difference significant.
+
+    Some losses of four digits are equal by chance; half of them, or equal whole curves, are not.
+    """
+    by_loss: dict[float, list[Run]] = {}
+    for run in group.counted:
+        by_loss.setdefault(run.val_loss, []).append(run)
+    again = [runs for runs in by_loss.values() if len(runs) > 1]
+    if len(group.counted) >= 4 and 2 * len(by_loss) <= len(group.counted):
+        names = "; ".join(" = ".join(run.name for run in runs[:4]) for runs in again[:3])
+        return f"{len(group.counted)} runs have only {len(by_loss)} different losses ({names})"
+    for runs in again:
+        curves = [_by_step(run.metrics.val) for run in runs if run.metrics and len(run.metrics.val) > 2]
+        if len(curves) > 1 and any(one == curves[0] for one in curves[1:]):
+            return f"{' and '.join(run.name for run in runs[:4])} have the same losses at every validation"
+    return ""
 
 
 def same_seeds(group: Group) -> list[str]:
@@ -146,6 +195,9 @@ def _no_runs(*groups: Group) -> str:
 def _loss_obstacle(baseline: Group, variant: Group) -> str:
     if reason := _no_runs(baseline, variant):
         return reason
+    for group in (baseline, variant):
+        if again := repeated(group):
+            return f"{group.name}: {again}: runs that are one run count once"
     data = {run.data for group in (baseline, variant) for run in group.counted if run.data}
     if len(data) > 1:
         return "the runs were made on different data sets (config.json: data), so their losses mean different things"
@@ -246,10 +298,7 @@ def _cautions(found: Comparison) -> list[str]:
     if baseline.stage and variant.stage and baseline.stage != variant.stage:
         said.append(f"different stages: {baseline.stage} and {variant.stage}")
     if found.time and not found.pairs:
-        said.append(
-            "the runs did not take turns on one machine: a small difference in time may be the machine's; run them "
-            "interleaved before you publish it"
-        )
+        said.append(NOT_IN_TURN)
     return said
 
 

@@ -166,8 +166,25 @@ def _experiment(folder: Path, jobs: Jobs, with_curves: bool) -> Group:
         group.notes.append(
             f"{group.planned - len(group.runs)} of {group.planned} planned runs have no result yet"
         )
+    first = _first_plan(folder)
+    if group.planned and len(group.runs) > max(group.planned, first):
+        group.notes.append(
+            f"{len(group.runs)} runs where {group.planned} were planned: were some added for their result?"
+        )
+    elif first and len(group.runs) > first:
+        group.notes.append(
+            f"{len(group.runs) - first} runs were added to the {first} that were planned first: a second look at the "
+            "result, unless it was planned (engaging seeds)"
+        )
     _check_summary(group, summary, rows, where)
     return group
+
+
+def _first_plan(folder: Path) -> int:
+    """How many runs were planned before `resume --n-runs` added some; 0 when it did not."""
+    path = folder / "experiment.json"
+    options = strict.section(strict.read_object(path), "options", str(path)) if path.is_file() else {}
+    return strict.whole(options, "planned_first", f"{path}: options") or 0
 
 
 def _results(folder: Path, finished: bool) -> dict[int, dict[str, Any]]:

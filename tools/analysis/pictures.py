@@ -131,11 +131,12 @@ def _comparable_with_records(shown: Sequence[GroupFinding]) -> list[tuple[str, f
 
 
 def write(found: Analysis, folder: Path) -> list[Path]:
-    """PNG and SVG of every picture into `folder`; the files."""
+    """PNG, SVG and PDF of every picture into `folder`; the files."""
     make_folder(folder)
     written = []
     for picture in draw(found):
         atomic_write_bytes(folder / f"{picture.name}.png", plots.png(picture.figure))
         atomic_write_text(folder / f"{picture.name}.svg", plots.svg(picture.figure, picture.name))
-        written += [folder / f"{picture.name}.png", folder / f"{picture.name}.svg"]
+        atomic_write_bytes(folder / f"{picture.name}.pdf", plots.pdf(picture.figure))
+        written += [folder / f"{picture.name}.{ending}" for ending in ("png", "svg", "pdf")]
     return written

@@ -288,6 +288,15 @@ def svg(figure: Figure, name: str = "", background: str = "white") -> str:
     return out.getvalue()
 
 
+def pdf(figure: Figure) -> bytes:
+    """The picture as PDF for a paper, the same every time."""
+    out = io.BytesIO()
+    with matplotlib.rc_context({**SETTINGS, "pdf.fonttype": 42}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(out, format="pdf", facecolor="white", metadata={"CreationDate": None, "Creator": None})
+    return out.getvalue()
+
+
 def inline_svg(figure: Figure, name: str, label: str) -> str:
     """The picture as an `<svg>` element for a page: no size of its own, colours from the page's theme.
 

@@ -1,6 +1,8 @@
 """`engaging report DIR`: one HTML page about experiments or runs, in one file that opens from the disk.
 
     engaging report experiment_logs --out=report.html
+    engaging report palm --format=md                  # or latex; the figures as PDF: engaging analyze palm
+    engaging report nanogpt_baseline nanogpt_palm_parallel --record=records/palm
     engaging report experiment_logs/nanogpt_*_full_* --title="Parallel blocks, stage C"
 
 The page has the answers in words, the table, the pictures and every run; it follows the reader's light or dark theme,
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from nanogpt.common.errors import UserError
 from nanogpt.common.storage import atomic_write_text
-from tools.analysis import analyze, load, words
+from tools.analysis import analyze, formats, load, words
 from tools.analysis.analyze import Analysis
 from tools.analysis.findings import Comparison, GroupFinding
 from tools.analysis.records import Group
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "report.html.j2"
 NAME = "report.html"
+ENDINGS = {"html": (".html", ".htm"), "md": (".md",), "latex": (".tex",)}
 MOST_ANSWERS, MOST_ROWS, MOST_RUNS = 40, 200, 200  # shown; the page says how many are left out
 FEW_RUNS = 24  # up to so many, the tables of runs are open
 
@@ -213,10 +216,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--note", action="append", default=[], help="a sentence under the title: what the reader should know"
     )
+    parser.add_argument("--format", choices=tuple(ENDINGS), default="html", help="default: html")
+    parser.add_argument(
+        "--record", type=Path, metavar="FOLDER",
+        help="instead of a page: the folder that the speedrun takes as a record (README, statistics, logs)",
+    )  # fmt: skip
     args = parser.read(argv)
-    out = args.out or load.home(args.dir[0]) / NAME
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out={out}: the page is HTML; give the name the ending .html")
+    out = args.out or load.home(args.dir[0]) / Path(NAME).with_suffix(ENDINGS[args.format][0])
+    if out.suffix.lower() not in ENDINGS[args.format]:
+        ending = ENDINGS[args.format][0]
+        raise UserError(f"--out={out}: the report is {args.format}; give the name the ending {ending}")
     if args.out and not out.parent.is_dir():
         raise UserError(f"--out={out}: the folder {out.parent} does not exist; make it, or name another")
     found = analyze.analyze(load.load(args.dir), args.target, args.baseline)
@@ -225,7 +234,12 @@ def main(argv: list[str]) -> int:
     told = [word for at, word in enumerate(argv) if not _is_note(argv, at)]  # notes stand on the page already
     command = printable("engaging report " + " ".join(shlex.quote(_portable(word)) for word in told))
     notes = [printable(note)[:1000] for note in args.note if note.strip()]
-    atomic_write_text(out, page(found, title, command, made, notes))
+    if args.record:
+        written = formats.write_record(found, args.record, title, notes)
+        print(f"written: {args.record}: README.md, statistics.md, {len(written) - 2} logs")
+        return 0
+    writers = {"html": page, "md": formats.markdown, "latex": formats.latex}
+    atomic_write_text(out, writers[args.format](found, title, command, made, notes))
     print(f"written: {out}")
     print_fetch_line(out)
     return 0

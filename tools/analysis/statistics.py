@@ -172,6 +172,28 @@ def paired(baseline: Sequence[float], variant: Sequence[float]) -> Difference:
     )
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: of `len(ps)` tests at once, the chance of one false claim stays below the level."""
+    order = sorted(range(len(ps)), key=lambda at: ps[at])
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, at in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[at]))
+        adjusted[at] = largest
+    return adjusted
+
+
+def first_track3_step(curves: Sequence[Mapping[int, float]], target: float = TARGET) -> int | None:
+    """The first step at which track 3's rule passes over all seeds: `curves` are each seed's {step: loss}.
+
+    Only steps at which every seed was validated; None where the rule passes at none of them.
+    """
+    common = set.intersection(*(set(curve) for curve in curves)) if curves else set()
+    for step in sorted(common):
+        if track3([curve[step] for curve in curves], [step] * len(curves), target).passed:
+            return step
+    return None
+
+
 def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The `statistics` of an experiment's summary.json, from the rows of its results.jsonl.
 

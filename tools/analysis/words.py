@@ -50,6 +50,10 @@ def about_target(found: "GroupFinding") -> list[str]:
     if not group.losses:
         return ["No run counts."]
     one = found.track1
+    if one is None:
+        from tools.analysis.findings import repeated
+
+        return [f"No test: {repeated(group)}: runs that are one run count once. Did the seeds take effect?"]
     n, mean = len(group.losses), found.loss["mean"]
     side = "below" if mean < found.target else "not below"
     if n == 1:
@@ -76,6 +80,8 @@ def about_target(found: "GroupFinding") -> list[str]:
             f"Track 3's rule (({found.target:g} - mean) * sqrt(n) >= {statistics.TRACK3_MARGIN:g}) {held}: "
             f"{three.value:.4f}."
         )
+        if found.track3_step is not None:
+            said.append(f"The first step at which it passes over all {n} seeds: {found.track3_step}.")
     stated = group.config.get("baseline_val_loss")
     if statistics.is_number(stated) and not group.is_baseline:
         against = statistics.track1(group.losses, float(stated))

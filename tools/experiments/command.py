@@ -5,6 +5,8 @@
     engaging experiment status STUDY      what is finished, failed, running, queued (and why), missing
     engaging experiment resume STUDY      start what is missing, and nothing else
     engaging experiment promote STUDY     A -> B -> C by written rules; --run starts the next stage
+    engaging experiment sweep STUDY       tune every arm with the same number of trials, compare on fresh seeds
+    engaging experiment ab A B --runs 8   two versions of the code in turn on this machine, and the verdict
 
 STUDY: the name given to run --study, an experiment (its folder, or its name for the newest), or configurations.
 Each has its own --help. The guide is docs/guide-3-experiments.md.
@@ -21,6 +23,8 @@ COMMANDS = {
     "status": "tools.experiments.status:status",
     "resume": "tools.experiments.status:resume",
     "promote": "tools.experiments.advance:main",
+    "sweep": "tools.experiments.sweep:main",
+    "ab": "tools.experiments.ab:main",
 }
 
 

@@ -129,7 +129,9 @@ def load(path: Path) -> ExperimentConfig:
     """The configuration in `path`, or UserError with one line."""
     try:
         if not path.is_file():
-            raise UserError(f"{path}: there is no such configuration; tools/experiments/configs holds twelve")
+            raise UserError(
+                f"{path}: there is no such configuration; tools/experiments/configs holds thirteen"
+            )
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)
     except (OSError, ValueError) as error:

@@ -12,6 +12,16 @@ from tools.experiments.config import ExperimentConfig
 from tools.experiments.flags import price, price_of
 from tools.experiments.study import Result, kin_of, result_of, work_of
 
+# (GPUs, dollars a run) of each stage on what it is made for (an L40, 4 A100, 8 H100): the staged workflow's budget.
+USUAL = {"A": (1, 2.00), "B": (4, 10.00), "C": (8, 8.40)}
+RESERVE = 7.00  # of that budget, for a pivot
+
+
+def usual(letter: str, gpus: int) -> float | None:
+    """Dollars a run, when nobody has set prices and the run has its stage's number of GPUs; else None."""
+    made_for, cost = USUAL.get(letter, (0, 0.0))
+    return cost if made_for == gpus else None
+
 
 @dataclass(frozen=True)
 class Estimate:

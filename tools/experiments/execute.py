@@ -172,8 +172,7 @@ class Executor:
             )  # fmt: skip
         try:
             with _progress(label, folders) as show:
-                while (status := self._child.poll()) is None:
-                    time.sleep(POLL_S)
+                while (status := _wait(self._child)) is None:
                     show()
         finally:
             self._child = None
@@ -181,6 +180,13 @@ class Executor:
             for line in tail(log, 3):
                 self.say(f"      | {line[:400]}")
         return status
+
+
+def _wait(child: subprocess.Popen) -> int | None:
+    """Its exit status as soon as it has ended; None after POLL_S."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return child.wait(POLL_S)
+    return None
 
 
 def run_command(experiment: Experiment, words: list[str], in_job: bool) -> tuple[list[str], dict[str, str]]:

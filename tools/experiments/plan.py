@@ -42,6 +42,7 @@ class Row:
     start: str | None
     end: str | None
     problem: str = ""
+    usual: bool = False  # `cost` is the staged workflow's, nobody has set a price
 
 
 def main(argv: list[str]) -> int:
@@ -116,6 +117,9 @@ def _row(root, args, group, left, past, known, cluster, begin) -> Row:
             row.problem = f"needs {counted(first.gpus, 'GPU')}, this machine has {has} (--n-gpus 0: the CPU)"
     cost = costs.price_of(known, row.gpu_type) if first.gpus else None
     row.cost = None if cost is None else round(hours * cost, 2)
+    each_run = costs.usual(row.stage, row.gpus) if known is None and first.gpus else None
+    if each_run is not None:
+        row.cost, row.usual = round(each_run * todo, 2), True
     return row
 
 
@@ -187,6 +191,8 @@ def _show(rows: list[Row], args: argparse.Namespace) -> None:
     stages = {row.stage for row in rows}
     if {"A", "C"} <= stages:
         _show_staged(rows, unit)
+    if any(row.usual for row in rows):
+        _show_usual(rows)
     known = costs.prices(args.price)
     unpriced = sorted({row.gpu_type or "" for row in rows if row.gpus and row.cost is None and row.left})
     if known and unpriced:
@@ -209,6 +215,21 @@ def _show_staged(rows: list[Row], unit: str) -> None:
         f"with promotion (A in full, then the baseline and one variant): {spent:.3g} {unit}, against {full:.3g} "
         f"for every variant in full at C{costs_text}"
     )
+
+
+def _show_usual(rows: list[Row]) -> None:
+    """Where the money comes from, and the budget of one variant alone at B and C."""
+    said = ", ".join(f"{letter} ${cost:.2f}" for letter, (_, cost) in costs.USUAL.items())
+    print(f"cost: the staged workflow's own, {said} a run; --price sets yours")
+    by_stage = {row.stage: row for row in rows if row.usual}
+    if set(by_stage) == {"A", "B", "C"} and all(row.left == row.runs for row in by_stage.values()):
+        full = by_stage["C"].cost or 0.0
+        alone = (by_stage["A"].cost or 0.0) + sum(
+            (by_stage[letter].cost or 0.0) / len(by_stage[letter].experiments) for letter in "BC"
+        )
+        saved = 1 - (alone + costs.RESERVE) / full
+        budget = f"${alone:.2f} and ${costs.RESERVE:.2f} for a pivot, {saved:.0%} less than ${full:.2f}"
+        print(f"one variant alone at B and C, against typed numbers: {budget}")
 
 
 def _parser() -> Parser:

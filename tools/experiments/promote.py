@@ -25,6 +25,7 @@ UNSTEADY = 3.0  # times the median spread
 SHRUNK = 0.5  # of the gain in the middle of the run
 OVERLAP = 0.5  # of the narrower interval
 PIVOTS = 1
+TYPED = "(against typed numbers, not evidence: baseline_val_loss of the configuration; no baseline ran at this stage)"
 NEXT = {"A": "B", "B": "C"}
 
 
@@ -97,6 +98,13 @@ def decide(results: list[Result], stage: str = "", most: int = 1) -> Decision:
         _advance_a(decision, most)
     else:
         _advance_b(decision, results)
+    typed = decision.baseline is None or not decision.baseline.losses
+    if (
+        typed
+        and decision.findings
+        and any(r.baseline_val_loss is not None for r in results if r.letter == decision.stage)
+    ):
+        decision.verdict += " " + TYPED
     if decision.advance and decision.baseline is not None:
         decision.advance.append(decision.baseline.variant)
     return decision

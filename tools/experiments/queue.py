@@ -28,7 +28,7 @@ from tools.site.plan import Option
 from tools.site.reasons import ENDS, JOB, REASONS
 from tools.site.slurm import SlurmUnreachable
 
-LARGEST_ARRAY = 1000  # SLURM's own default is 1001
+LARGEST_ARRAY = 1000  # tasks, where the cluster does not say; SLURM's own MaxArraySize is 1001
 DEFAULT_MINUTES = 120  # of a run: a limit, not an estimate. A job that reaches it saves, requeues and goes on
 MOST_MINUTES = 360  # of a job with several
 OPTIONS = ("gpu_type", "time", "cpus", "mem", "partition", "account", "qos", "reservation", "throttle")
@@ -78,7 +78,7 @@ def submit_runs(
     together: bool = False,
     after: list[str] | None = None,
 ) -> list[str]:
-    """Queue `pairs` as arrays of at most LARGEST_ARRAY tasks (or as one job); the job ids.
+    """Queue `pairs` as arrays of as many tasks as the cluster takes (or as one job); the job ids.
 
     `after`: jobs that must end well first.
     """
@@ -87,7 +87,7 @@ def submit_runs(
     environment.need_log_folder(root)
     cluster = ask_cluster()
     ids = []
-    size = len(pairs) if together else LARGEST_ARRAY
+    size = len(pairs) if together else largest_array()
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
         tasks = [part] if together else [[pair] for pair in part]
@@ -104,10 +104,12 @@ def submit_runs(
             _note(launch, tasks, option.request.gpu_type)
             ids.append(submit(launch, root, script, environment.for_run(root, python, args.max_restarts)))
         except SlurmUnreachable:
+            _say_submitted(ids)
             launch.state = "unknown"
             launch.save(root)
             raise
         except BaseException:
+            _say_submitted(ids)
             snapshot.remove(launch.folder(root))
             raise
         where = f"{option.partition}, {_hardware(first.gpus, option.request.gpu_type)}"
@@ -117,6 +119,23 @@ def submit_runs(
         for experiment in {id(e): e for e, _ in part}.values():
             experiment.log(f"submitted as job {ids[-1]} ({launch.name}, {where}{many}{waits})")
     return ids
+
+
+def largest_array() -> int:
+    """Tasks that one array may have: MaxArraySize is the first index that is refused."""
+    found = re.search(
+        r"^MaxArraySize\s*=\s*([0-9]{1,8})\s*$", slurm.ask(["scontrol", "show", "config"]).out, re.MULTILINE
+    )
+    return max(1, min(LARGEST_ARRAY, int(found[1]) - 1)) if found else LARGEST_ARRAY
+
+
+def _say_submitted(ids: list[str]) -> None:
+    """Before an error ends a submission of several jobs: which of them are in the queue all the same."""
+    if ids:
+        print(
+            f"in the queue already: job {', '.join(ids)}; to take them back: scancel {' '.join(ids)}",
+            flush=True,
+        )
 
 
 def _hardware(gpus: int, kind: str | None) -> str:

@@ -218,7 +218,10 @@ def _as_asked(experiment: Experiment, args: argparse.Namespace) -> Experiment:
                 "added, never taken away"
             )
         config = config.model_copy(update={"n_runs": args.n_runs})
-    changed = replace(experiment, config=config, executor=executor)
+    options = experiment.options
+    if len(config.seeds()) > len(experiment.runs):  # whoever reads the result later should know
+        options = {"planned_first": len(experiment.runs), **options}
+    changed = replace(experiment, config=config, executor=executor, options=options)
     if changed != experiment and not args.dry_run:
         changed.save()
         changed.log(f"{len(changed.runs)} runs, executor {executor} from here on")

@@ -64,8 +64,14 @@ def config_files(root: Path, words: list[str]) -> list[Path]:
 
 
 def load_all(root: Path, words: list[str]) -> list[tuple[Path, ExperimentConfig]]:
-    """The configurations, stage A first and the baseline first in each; equal names are refused."""
+    """The configurations, stage A first and the baseline first in each; equal names are refused.
+
+    Of a folder with stages, its configurations without a stage are no part (configs/baseline.json is run by its name).
+    """
     loaded = [(path, load(path)) for path in config_files(root, words)]
+    if any(config.letter for _, config in loaded):
+        named = {_config_path(root, word).resolve() for word in words}
+        loaded = [(path, config) for path, config in loaded if config.letter or path in named]
     seen: dict[str, Path] = {}
     for path, config in loaded:
         if config.experiment_name in seen:
@@ -163,7 +169,7 @@ def _config_path(root: Path, word: str) -> Path:
     known = [p.relative_to(root).as_posix() for p in (root / CONFIGS).rglob("*.json")]
     short = {Path(name).name: name for name in known}
     close = nearest(Path(word).name, list(short))
-    raise UserError(f"{word[:200]}: there is no such configuration{close} ({CONFIGS} holds twelve)")
+    raise UserError(f"{word[:200]}: there is no such configuration{close} ({CONFIGS} holds thirteen)")
 
 
 # ---- what the stages have found --------------------------------------------------------------------------------------

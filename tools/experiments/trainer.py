@@ -13,7 +13,12 @@ from tools.launch.presets import check_overrides
 SMALL = "modded_nanogpt/train_gpt_simple.py"
 # Names under which configurations of before know the small trainer; the speedrun's is modded_nanogpt/train_gpt.py.
 OLD_NAMES = ("train_gpt.py", "experiments/train_gpt.py", "nanogpt/train_gpt.py")
-FOLDERS = ("", "modded_nanogpt", "nanogpt")  # where a script is looked for, after the path as it stands
+FOLDERS = (
+    "",
+    "modded_nanogpt",
+    "nanogpt",
+    "tools/experiments",
+)  # where a script is looked for, after the path as it stands
 HELP_TIMEOUT_S = 60
 POSITIVE = ("num_iterations", "batch_size", "device_batch_size")
 

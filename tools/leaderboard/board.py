@@ -14,6 +14,7 @@ import hashlib
 import json
 import lzma
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,13 +63,18 @@ class Board:
         path = self.records / f"{record.id}.json"
         if path.exists():
             raise UserError(f"{path}: these runs are on the board already; submit other runs")
-        make_folder(self.records)  # first: by it the folder is known as a board to all who come now
+        make_shared(
+            self.records, self.folder
+        )  # first: by it the folder is known as a board to all who come now
         for data in blobs:
             target = self._blob(hashlib.sha256(data).hexdigest())
             if not target.exists():
-                make_folder(target.parent)
+                make_shared(target.parent.parent, self.folder)
+                make_shared(target.parent, self.folder)
                 atomic_write_bytes(target, lzma.compress(data, preset=4))
+                share(target, self.folder)
         publish_once(path, record.to_json())
+        share(path, self.folder)
         return path
 
     def unpack(self, record: Record, folder: Path) -> tuple[list[Path], Path | None]:
@@ -144,6 +150,26 @@ class Board:
             if isinstance(record, Record):
                 remember(others, record)
         return others
+
+
+def shared(folder: Path) -> bool:
+    """Whether a board is a group's: then its files are too, whatever the umask of who writes them."""
+    return bool(folder.stat().st_mode & stat.S_IWGRP)
+
+
+def share(path: Path, folder: Path) -> None:
+    """Let the group read a file, or write to a folder, of the board in `folder` when that is a group's."""
+    if shared(folder):
+        with contextlib.suppress(OSError):  # somebody else's: its owner has done it
+            path.chmod(0o3775 if path.is_dir() else 0o664)
+
+
+def make_shared(path: Path, folder: Path) -> None:
+    """`make_folder`, for a folder of the board in `folder`."""
+    new = not path.is_dir()
+    make_folder(path)
+    if new:
+        share(path, folder)
 
 
 def publish_once(path: Path, data: bytes) -> None:

@@ -29,11 +29,15 @@ SEPARATOR = "=" * 100
 LEAST_TOKENS = 100e6  # to the target of any of these tracks: a third of what the fastest run has read
 FREE_STEPS = 10  # steps whose time did not count, by the rule of 2024
 LONGEST_LINE = 1 << 20
+LEFT_OUT = "source left out"  # the one check whose failure leaves a log plausible
 _STEP = re.compile(
     r"step:(?P<step>\d{1,7})/(?P<total>\d{1,7})(?: (?P<kind>val|train)_loss:(?P<loss>\d{1,3}\.\d{2,8}))?"
+    r"(?: val_[a-z]+_loss:\d{1,3}\.\d{2,8}){0,4}"  # of averaged weights: val_loss is the one that counts
     r" train_time:(?P<time>\d{1,10}(?:\.\d{1,3})?)(?P<unit>ms|s) step_avg:(?P<avg>\d{1,9}\.\d{2}|nan|inf)ms(?: .*)?"
 )
-_DEVICE = re.compile(r"device_name=(.{1,60}?) with world_size=(\d{1,4})\b")
+_DEVICE = re.compile(r"(?:device_name=|\bon )((?:NVIDIA|AMD)?[^\n=]{1,60}?) with world_size[= ](\d{1,4})\b")
+_LLMC = re.compile(r"s:(\d{1,7}) (tel|trl):(\d{1,3}\.\d{2,8})\b.*")
+_LEFT_OUT = re.compile(r"\s*<source: .{1,80}>\s*")
 _SMI_GPU = re.compile(r"\|\s+(\d{1,2})\s+((?:NVIDIA|Tesla|GRID|Quadro|AMD)[^|]{2,40}?)\s+(?:On|Off|N/A)\s+\|")
 _VERSION = re.compile(r"running (python|pytorch|triton)(?: version)? ([0-9][\w.+]{0,40})", re.IGNORECASE)
 _DATE = re.compile(r"\w{3} (\w{3} +\d{1,2} \d\d:\d\d:\d\d(?: [AP]M)?)(?: [A-Z]{3,4})? (20\d\d)\s*")
@@ -53,12 +57,16 @@ def read_modded_log(path: Path, label: str) -> Run:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not looks_like_one(data):
+        _name_llmc(text, label)
         raise UserError(
             f"{path}: not a log of modded-nanogpt (no line of 100 '=' after the source), nor of ours"
         )
     if any(len(line) > LONGEST_LINE for line in text.split("\n")):
         raise UserError(f"{path}: a line of more than {LONGEST_LINE:,} characters; no run prints that")
-    code, *parts = re.split(rf"^{SEPARATOR}\r?\n", text, flags=re.MULTILINE)
+    parted = re.split(rf"^{SEPARATOR}\r?\n", text, flags=re.MULTILINE)
+    code, *parts = (
+        parted[1:] if len(parted) > 2 and not parted[0].strip() else parted
+    )  # in 2024 one came first
     head, body = (parts[0], "\n".join(parts[1:])) if len(parts) > 1 else ("", parts[0])
     rows = [found for line in body.splitlines() if (found := _STEP.fullmatch(line.rstrip()))]
     if not rows:
@@ -72,6 +80,7 @@ def read_modded_log(path: Path, label: str) -> Run:
         raise UserError(
             f"{path}: {ascii(damaged[0])[:60]}: not a line that the trainer prints; it was cut or edited"
         )
+    _name_two_runs(rows, label)
     train, val, free = _rows(rows)
     if not val:
         raise Refused("losses", f"{label}: the log holds no validation loss")
@@ -93,6 +102,28 @@ def read_modded_log(path: Path, label: str) -> Run:
             f"the first {FREE_STEPS} steps were not timed, as the rule was until the end of 2024"
         )
     return run
+
+
+def _name_llmc(text: str, label: str) -> None:
+    """Refused, by its name, when the log is llm.c's: the baseline of the record, from before the speedrun."""
+    rows = [found for line in text.splitlines() if (found := _LLMC.fullmatch(line.rstrip()))]
+    vals = [row for row in rows if row[2] == "tel"]
+    if vals and len(rows) > 0.9 * len(text.splitlines()):
+        raise Refused(
+            "clock",
+            f"{label}: a log of llm.c: it states neither times nor source nor hardware; its {len(vals)} validations "
+            f"end at {vals[-1][3]} (step {vals[-1][1]})",
+        )
+
+
+def _name_two_runs(rows: list[re.Match], label: str) -> None:
+    """Refused when step and time go back to the beginning in the middle: nobody can say which run counts."""
+    for before, row in itertools.pairwise(rows):
+        if int(row["step"]) == 0 and int(before["step"]) > 0:
+            raise Refused(
+                "attempts",
+                f"{label}: two runs in one file: after step {before['step']} it begins again at 0; hand in one of them",
+            )
 
 
 def _rows(rows: list[re.Match]) -> tuple[list[Train], list[Val], bool]:
@@ -133,7 +164,7 @@ def _date(head: str) -> datetime.datetime | None:
 def check_modded(run: Run, track: Track, submitted: datetime.datetime) -> Problems:
     """What may be wrong with one of these logs."""
     yield from _source(run, track)
-    yield from _steps(run)
+    yield from _steps(run, track)
     yield from _losses(run, track)
     yield from _clock(run, submitted)
     yield from _possible(run, track)
@@ -144,6 +175,9 @@ def check_modded(run: Run, track: Track, submitted: datetime.datetime) -> Proble
 
 def _source(run: Run, track: Track) -> Problems:
     code = run.source_files["train_gpt.py"].decode()
+    if _LEFT_OUT.fullmatch(code):
+        yield LEFT_OUT, f"{run.label}: its source was left out of the file, so it cannot be looked at"
+        return
     if "import torch" not in code or len(code) < 2000:
         yield "source", f"{run.label}: the log does not begin with a trainer's source"
     for found in _VAL_TOKENS.finditer(code):
@@ -154,17 +188,19 @@ def _source(run: Run, track: Track) -> Problems:
             )
 
 
-def _steps(run: Run) -> Problems:
-    rows, total = run.extra["rows"], run.steps
+def _steps(run: Run, track: Track) -> Problems:
+    rows, total = run.extra["rows"], int(run.extra["rows"][-1]["total"])
     if {int(row["total"]) for row in rows} != {total}:
         yield "steps", f"{run.label}: its lines name different numbers of steps in all"
-    steps = [point.step for point in run.train]
+    steps, vals = [point.step for point in run.train], [point.step for point in run.val]
     if any(b != a + 1 for a, b in itertools.pairwise(steps)) or (steps and steps[0] > 1):
         yield "steps", f"{run.label}: training steps are missing, repeated or out of order"
+    stopped = track.metric == "steps"  # track 3 stops where it likes, all seeds at one step
+    if stopped:
+        total = vals[-1]
     if steps and steps[-1] != total - 1:
         yield "steps", f"{run.label}: its last training step is {steps[-1] + 1} of {total}"
     order = [int(row["step"]) for row in rows]
-    vals = [point.step for point in run.val]
     if any(b <= a for a, b in itertools.pairwise(vals)) or order != sorted(order):
         yield "steps", f"{run.label}: its lines are repeated or out of order"
     if vals[-1] != total:
@@ -191,17 +227,20 @@ def _losses(run: Run, track: Track) -> Problems:
 
 
 def _clock(run: Run, submitted: datetime.datetime) -> Problems:
-    before, reset, steps_of = -1.0, False, run.extra["free"]
+    before, reset, steps_of, last = -1.0, False, run.extra["free"], 0
     for row in run.extra["rows"]:
         step = int(row["step"])
         time = float(row["time"]) * (1000 if row["unit"] == "s" else 1)
         if steps_of and not reset and time < before and step in (FREE_STEPS, FREE_STEPS + 1):
             reset, before = True, -1.0
+        passed, since = time - before, step - last
         if time < before:
             yield "clock", f"{run.label}: its clock runs backwards at step {step}"
             return
-        before = time
-        if row["avg"] not in ("nan", "inf") and step > FREE_STEPS and not _average_fits(row, step, time):
+        before, last = time, step
+        if row["avg"] in ("nan", "inf") or step <= FREE_STEPS:
+            continue
+        if not _average_fits(row, step, time) and not _fits(row, since, passed):
             yield (
                 "clock",
                 f"{run.label}: at step {step}, {time:.0f} ms do not average to {row['avg']} ms a step",
@@ -225,9 +264,8 @@ def _possible(run: Run, track: Track) -> Problems:
 
 def _average_fits(row: re.Match, step: int, time: float) -> bool:
     """`step_avg` is the time by the steps, or by the steps that were timed (an off-by-one there is historical)."""
-    rounding = 0.6 if row["unit"] == "ms" else 1.1
     return any(
-        abs(float(row["avg"]) - time / counted) <= rounding / counted + 0.0051
+        _fits(row, counted, time)
         for counted in (
             step,
             step - FREE_STEPS,
@@ -236,5 +274,10 @@ def _average_fits(row: re.Match, step: int, time: float) -> bool:
             step - 1,
             step + 1,
         )
-        if counted > 0
     )
+
+
+def _fits(row: re.Match, steps: int, time: float) -> bool:
+    """Whether `step_avg` is `time` by `steps`; some of track 3's average since their last line."""
+    rounding = 0.6 if row["unit"] == "ms" else 1.1
+    return steps > 0 and abs(float(row["avg"]) - time / steps) <= rounding / steps + 0.0051

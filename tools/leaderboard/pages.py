@@ -6,6 +6,7 @@ content policy in the page forbids scripts besides.
 
 import datetime
 import difflib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,13 +21,14 @@ from nanogpt.common.errors import CommandError, UserError
 from nanogpt.common.progress import Progress
 from nanogpt.common.storage import atomic_write_text, make_folder, storage_errors
 from tools.analysis import statistics
-from tools.leaderboard import charts, text
+from tools.leaderboard import charts, corrections, text
 from tools.leaderboard.board import Board
 from tools.leaderboard.submission import Record
 from tools.leaderboard.tracks import Track
 from tools.leaderboard.verify import Verdict
 
 MARK = ".engaging-board-site"  # in a folder that `build` has made, and may write to again
+HISTORY = Path(__file__).parents[1] / "analysis" / "record_history.json"
 MOST_POINTS, MOST_CHANGES = 400, 40
 LIMITS = (
     "Whether the runs shown are all that were made. Somebody who trains forty seeds and hands in the best ten passes "
@@ -68,10 +70,21 @@ class Row:
     figure = property(lambda self: self.record.steps if self.track.metric == "steps" else self.record.seconds)
 
 
+@dataclass
+class Withdrawn:
+    """A record that was withdrawn, as the index lists it."""
+
+    description: str
+    contributors: str
+    reason: str
+    by: str
+    date: str
+
+
 def build_site(board: Board, out: Path) -> tuple[int, list[tuple[str, str]]]:
     """Verify the board and write its pages to `out`: (records shown, (file, reason) of those left out)."""
     _refuse_foreign(out)
-    rows, left_out = _rows(board)
+    rows, left_out, withdrawn = _rows(board)
     _rank(rows)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
@@ -96,7 +109,13 @@ def build_site(board: Board, out: Path) -> tuple[int, list[tuple[str, str]]]:
         atomic_write_text(out / "records" / f"{row.id}.html", page.render(details))
     shown = [row for row in rows if row.kind != "rerun"]
     index = environment.get_template("index.html.j2")
-    listed = {"title": board.title, "count": len(shown), "tracks": list(_tracks(shown))}
+    listed = {
+        "title": board.title,
+        "count": len(shown),
+        "tracks": list(_tracks(shown)),
+        "withdrawn": withdrawn,
+    }
+    listed["history"] = _history()
     atomic_write_text(out / "index.html", index.render({**common, **listed}))
     atomic_write_text(out / "records.csv", _csv(rows))
     known = {f"{row.id}.html" for row in rows}
@@ -115,9 +134,9 @@ def _refuse_foreign(out: Path) -> None:
         raise UserError(f"--out={out}: holds files that are not a board's page; name a new folder")
 
 
-def _rows(board: Board) -> tuple[list[Row], list[tuple[str, str]]]:
-    """The accepted records by date, and what was left out and why."""
-    rows, left_out = [], []
+def _rows(board: Board) -> tuple[list[Row], list[tuple[str, str]], list[Withdrawn]]:
+    """The accepted records by date, what was left out and why, and what was withdrawn."""
+    rows, left_out, withdrawn, said = [], [], [], corrections.read(board)
     best: dict[tuple[str, str], tuple[Row, dict[str, bytes]]] = {}  # the record that each new one builds on
     total = len(list(board.records.glob("*.json"))) if board.records.is_dir() else 0
     with Progress("checking records") as bar:
@@ -126,7 +145,16 @@ def _rows(board: Board) -> tuple[list[Row], list[tuple[str, str]]]:
                 left_out.append((path.name, f"malformed: {str(verdict).partition(': ')[2]}"))
             elif not verdict.accepted:
                 left_out.append((path.name, f"refused: {verdict.problems[0][1]}"))
+            elif (mended := said.get(verdict.record.id)) and not mended.description:
+                who = ", ".join(verdict.record.contributors)
+                withdrawn.append(
+                    Withdrawn(
+                        verdict.record.description, who, mended.reason, mended.by, f"{mended.at:%Y-%m-%d}"
+                    )
+                )
             else:
+                if mended:
+                    verdict.record = verdict.record.model_copy(update={"description": mended.description})
                 row = _row(verdict)
                 key = (row.track.name, row.hardware)
                 before = best.get(key)
@@ -136,7 +164,7 @@ def _rows(board: Board) -> tuple[list[Row], list[tuple[str, str]]]:
                     best[key] = (row, dict(verdict.runs[0].source_files))
                 rows.append(row)
             bar.update(number, total, f"{number} of {total}")
-    return rows, left_out
+    return rows, left_out, withdrawn
 
 
 def _row(verdict: Verdict) -> Row:
@@ -298,6 +326,22 @@ def _tracks(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
                 for hardware, tab in sorted(tabs.items(), key=lambda pair: (-len(pair[1]), pair[0]))
             ],
         }  # fmt: skip
+
+
+def _history() -> dict[str, Any]:
+    """The speedrun's public record as the example of a curve: two years of it, with its source."""
+    found = json.loads(HISTORY.read_text(encoding="utf-8"))
+    points = [
+        (
+            datetime.datetime.fromisoformat(row["date"]).replace(tzinfo=datetime.UTC), float(row["minutes"]),
+            f"record {row['record']}, {row['what']}", True,
+        )
+        for row in found["records"]
+    ]  # fmt: skip
+    return {
+        **{key: found[key] for key in ("what", "source", "note")},
+        "chart": charts.record_curve(points, "minutes"),
+    }
 
 
 def _rule(track: Track) -> str:

@@ -14,7 +14,7 @@ from tools.leaderboard import group_checks, text
 from tools.leaderboard.data_manifest import read_data_manifest
 from tools.leaderboard.evidence import Refused, Run, read_run_directory
 from tools.leaderboard.group_checks import Others, Result
-from tools.leaderboard.modded_logs import check_modded, read_modded_log
+from tools.leaderboard.modded_logs import LEFT_OUT, check_modded, read_modded_log
 from tools.leaderboard.run_checks import TITLES, check_run
 from tools.leaderboard.strict import is_whole
 from tools.leaderboard.submission import DERIVED, Record, make
@@ -33,16 +33,30 @@ class Verdict:
     result: Result | None = None
     record: Record | None = None
     notes: list[str] = field(default_factory=list)
+    waived: set[str] = field(default_factory=set)  # checks that a mere look at a log does without
 
     @property
     def accepted(self) -> bool:
         """Whether nothing was found."""
         return not self.problems
 
+    def look_only(self) -> None:
+        """Judge foreign logs as logs, not as a record: what a single one cannot have is a note, not a refusal."""
+        if not self.runs or self.runs[0].kind != "modded":
+            return
+        lenient = {LEFT_OUT, "statistics"} if len(self.runs) == 1 else {LEFT_OUT}
+        self.waived = {check for check, _ in self.problems if check in lenient}
+        self.notes += [reason for check, reason in self.problems if check in lenient]
+        self.problems = [row for row in self.problems if row[0] not in lenient]
+
     @property
     def passed(self) -> list[str]:
         """The checks that were made and hold, in words. A foreign log allows fewer of them."""
-        left_out = {check for check, _ in self.problems}
+        left_out = (
+            {check for check, _ in self.problems}
+            | self.waived
+            | ({"source"} if LEFT_OUT in self.waived else set())
+        )
         left_out |= set() if self.record else {"evidence", "claim"}
         if self.runs and self.runs[0].kind == "modded":
             left_out |= {"marks", "log", "data"}
@@ -90,6 +104,8 @@ def judge(
     problems: list[tuple[str, str]] = []
     for run in runs:
         if run.kind == "modded":
+            if track.metric == "steps":
+                run.steps = run.val[-1].step  # track 3 stops where it likes
             problems += check_modded(run, track, submitted)
         else:
             problems += check_run(run, track, submitted, manifest)

@@ -1,6 +1,7 @@
 """Steps of the optimizer on one rank, against a literal float64 form of the equations, and each of its switches."""
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -299,8 +300,10 @@ def test_norms_are_kept_and_rows_equalized():
     torch.testing.assert_close(sizes, sizes.mean(1, keepdim=True).expand_as(sizes))
 
 
-def test_the_compiled_pieces_are_the_plain_ones():
-    """In one graph each, through torch's own compiler, on the CPU."""
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.campaign)])
+def test_the_compiled_pieces_are_the_plain_ones(monkeypatch, backend):
+    """In one graph each; the code that torch's own compiler makes for a CPU takes it a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     shape, generator = (3, 16, 8), torch.Generator().manual_seed(1)
     gradient = torch.randn(shape, generator=generator).bfloat16()
     results = []

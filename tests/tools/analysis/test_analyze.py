@@ -12,7 +12,7 @@ import pytest
 import study_kit
 
 from nanogpt.common.errors import UserError
-from tools.analysis import analyze, bands, pictures, plots
+from tools.analysis import analyze, bands, pictures, plots, statistics
 from tools.analysis.load import load
 
 PICTURES = [
@@ -58,17 +58,26 @@ def test_the_numbers_are_those_of_the_summary(engaging: Callable, shelf: Path) -
     depth = next(one for one in found["groups"] if "depth" in one["name"])
     assert (depth["n_runs"], depth["successful_runs"], len(depth["reached_target"])) == (5, 4, 0)
     assert [one["verdict"] for one in found["comparisons"]] == ["unclear", "hurt", "helped"]
+    raw = {one["variant"]["name"]: one["loss"]["p"] for one in found["comparisons"]}
+    holm = {one["variant"]["name"]: one["holm"] for one in found["comparisons"]}
+    smallest = min(raw, key=raw.get)
+    assert holm[smallest] == pytest.approx(3 * raw[smallest]) and all(holm[name] >= raw[name] for name in raw)
+    assert palm["track3_step"] == 400 and depth["track3_step"] is None
 
 
 def test_every_picture_is_written_whole(engaging: Callable, shelf: Path, tmp_path: Path) -> None:
     done = engaging("analyze", shelf, f"--out={tmp_path / 'new' / 'pictures'}")
-    assert done.out.endswith(f"written: 12 pictures in {tmp_path / 'new' / 'pictures'}\n")
+    assert done.out.endswith(f"written: 18 pictures in {tmp_path / 'new' / 'pictures'}\n")
     files = sorted(path.name for path in (tmp_path / "new" / "pictures").iterdir())
-    assert files == sorted(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg"))
+    assert files == sorted(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg", "pdf"))
     for path in (tmp_path / "new" / "pictures").iterdir():
         data = path.read_bytes()
         if path.suffix == ".png":
             assert data.startswith(b"\x89PNG\r\n\x1a\n") and struct.unpack(">I", data[16:20])[0] == 1012
+        elif path.suffix == ".pdf":
+            assert (
+                data.startswith(b"%PDF") and data.rstrip().endswith(b"%%EOF") and b"CreationDate" not in data
+            )
         else:
             assert ElementTree.fromstring(data).tag.endswith("svg") and b"<script" not in data
 
@@ -185,3 +194,60 @@ def test_help_is_quick_and_needs_no_matplotlib() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "stop early" in done.stdout or "stopping early" in done.stdout
+
+
+def test_a_gain_that_does_not_outlast_the_other_tests_is_said(tmp_path: Path) -> None:
+    study_kit.write_experiment(tmp_path, "baseline", [3.2801, 3.2814, 3.2795, 3.2822, 3.2808])
+    for number in range(4):
+        study_kit.write_experiment(
+            tmp_path, f"idea_{number}", [3.2780 + number / 1000 + d for d in (0, 1e-3, 2e-3, 5e-4)]
+        )
+    found = analyze.analyze(load([tmp_path]))
+    first = found.against(next(group for group in found.study.groups if group.name == "idea_0"))
+    assert first.verdict == "helped" and first.loss.p < 0.01 < first.holm
+    assert any("among 4 variants tested at once" in remark for remark in analyze.remarks(found))
+
+
+def test_runs_listed_again_are_no_evidence(tmp_path: Path) -> None:
+    # three losses listed four times: the t-test's p would fall from 0.066 to 0.00006
+    study_kit.write_experiment(tmp_path, "again", [3.2792, 3.2761, 3.2780] * 4)
+    study_kit.write_experiment(tmp_path, "nanogpt_baseline", [3.2801, 3.2814, 3.2795, 3.2822])
+    found = analyze.analyze(load([tmp_path]))
+    one = next(one for one in found.groups if one.group.name == "again")
+    assert one.track1 is None and one.sentences[0].startswith(
+        "No test: 12 runs have only 3 different losses (run 0 = run 3"
+    )
+    assert (
+        found.against(one.group).verdict == "refused"
+        and "count once" in found.against(one.group).loss_refused
+    )
+    study_kit.write_experiment(tmp_path / "b", "same", [3.2785] * 4)
+    (same,) = analyze.analyze(load([tmp_path / "b"])).groups
+    assert same.track1 is None and "4 runs have only 1 different losses" in same.sentences[0]
+
+
+def test_one_equal_loss_of_many_is_chance_and_an_equal_curve_is_not(tmp_path: Path) -> None:
+    folder = study_kit.write_experiment(tmp_path, "chance", [3.2792, 3.2761, 3.2780, 3.2792, 3.2770])
+    (one,) = analyze.analyze(load([tmp_path])).groups
+    assert one.track1.p is not None
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    copied = [row for row in rows if row["run_id"] != 3] + [
+        {**row, "run_id": 3} for row in rows if row["run_id"] == 0
+    ]
+    study_kit.lines(folder / "metrics.jsonl", copied)
+    (one,) = analyze.analyze(load([tmp_path])).groups
+    assert (
+        one.track1 is None and "run 0 and run 3 have the same losses at every validation" in one.sentences[0]
+    )
+
+
+def test_the_known_case_of_the_two_rules() -> None:
+    losses = [3.2791, 3.2778, 3.2787, 3.2784]
+    one, three = statistics.track1(losses), statistics.track3(losses, [1] * 4)
+    assert (round(one.mean, 4), round(one.sd, 6), round(one.p, 6), one.passed) == (
+        3.2785,
+        0.000548,
+        0.005983,
+        True,
+    )
+    assert round(three.value, 4) == 0.003 and not three.passed

@@ -31,7 +31,9 @@ def test_in_words(engaging: Callable, shelf: Path) -> None:
     ):
         done = engaging("compare", baseline, shelf / f"nanogpt_{name}_full_20261121_060000")
         assert (done.status, done.err) == (0, "")
-        assert done.out.splitlines()[0].startswith(
+        changed, _, answer = done.out.partition("\n\n")
+        assert changed == "Changed: nothing that the runs have recorded."
+        assert answer.splitlines()[0].startswith(
             f"nanogpt_{name}_full against nanogpt_baseline_full: {verdict}"
         )
         assert "Welch, 5 and" in " ".join(done.out.split()) and "3.2801, 3.2814" in done.out
@@ -161,9 +163,9 @@ def test_run_directories_by_pattern(tmp_path: Path, engaging: Callable) -> None:
     study_kit.write_run(tmp_path / "new" / "muon-3", 3.4085, seed=3, optimizer="muon")
     (tmp_path / "new" / "muon-3" / "metrics.jsonl").rename(tmp_path / "muon-3" / "metrics.jsonl")
     done = engaging("compare", tmp_path / "adam-*", tmp_path / "muon-*")
-    assert done.out.startswith("muon against adam: It helped.") and "paired, 3 pairs" in " ".join(
-        done.out.split()
-    )
+    assert done.out.startswith(
+        "Changed:\n  optimizer: adam -> muon\n\nmuon against adam: It helped."
+    ) and "paired, 3 pairs" in " ".join(done.out.split())
     assert "does not exist" in engaging("compare", tmp_path / "sgd-*", tmp_path / "muon-*").err
 
 

@@ -126,3 +126,20 @@ def test_rounding_is_no_spread() -> None:
     assert statistics.paired(old, new).p is None
     assert statistics.track1([3.1 + 1e-15, 3.1, 3.1]).p is None
     assert statistics.welch([3.1 + 1e-15, 3.1], [3.0, 3.0]).p is None
+
+
+def test_holm_against_the_textbook() -> None:
+    # Holm 1979; R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm") is 0.03 0.06 0.06 0.02
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.6, 0.9]) == [1.0, 1.0] and statistics.holm([]) == []
+
+
+def test_the_first_step_at_which_track_3_passes() -> None:
+    curves = [
+        {100: 3.290, 200: 3.281, 300: 3.277, 400: 3.276},
+        {100: 3.288, 200: 3.279, 300: 3.277, 350: 3.2},
+    ]
+    # at 300: (3.28 - 3.277) * sqrt(2) = 0.00424; 350 and 400 are not every seed's
+    assert statistics.first_track3_step(curves) == 300
+    assert statistics.first_track3_step([{100: 3.279}, {100: 3.279}]) is None
+    assert statistics.first_track3_step([]) is None

@@ -1,14 +1,23 @@
 """A clone with the stand-in trainer, and `engaging experiment` run in it as a user types it."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+from nanogpt.common import errors
+from tools import cli
 
 ROOT = Path(__file__).resolve().parents[3]
 STANDIN = Path(__file__).with_name("standin_trainer.py")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LOCAL = ("--executor", "local")
 STAGE_A = "tools/experiments/configs/stage_a_screening"
 
 
@@ -31,20 +40,45 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def engaging(clone: Path, *words: object, check: bool = True, **env: str) -> subprocess.CompletedProcess:
-    """`engaging experiment WORDS...`; with `check`, a failure fails the test and shows what it said."""
-    command = [sys.executable, "-m", "tools", "experiment", *map(str, words)]
-    done = subprocess.run(
-        command, cwd=clone, env=environment(**env), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
+    """`engaging experiment WORDS...`; with `check`, a failure fails the test and shows what it said.
+
+    In this process, which has imported everything; in one of its own where several tests' commands run at once.
+    """
+    command = ["experiment", *map(str, words)]
+    if threading.current_thread() is threading.main_thread():
+        done = in_process(clone, command, environment(**env))
+    else:
+        done = subprocess.run(
+            [sys.executable, "-m", "tools", *command], cwd=clone, env=environment(**env),
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
     assert not check or done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done
 
 
+def in_process(folder: Path, command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+    """`engaging COMMAND...` as typed in `folder` with this environment: what it printed, and its exit status."""
+    out, err = io.StringIO(), io.StringIO()
+    before, handlers = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
+    os.environ.clear()
+    os.environ.update(env)
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                errors.run_command(lambda _: cli.main(command))
+            except SystemExit as end:
+                status = end.code
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
 def tools(clone: Path, *words: object) -> str:
     """What `engaging WORDS...` prints; a failure fails the test."""
-    command = [sys.executable, "-m", "tools", *map(str, words)]
-    done = subprocess.run(command, cwd=clone, env=environment(), capture_output=True, text=True, timeout=600)
+    done = in_process(clone, [*map(str, words)], environment())
     assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -83,3 +117,23 @@ def configuration(folder: Path, **values: object) -> Path:
     path = folder / f"{config['experiment_name']}.json"
     path.write_text(json.dumps(config))
     return path
+
+
+def run(clone: Path, path: object, *words: object, check: bool = True) -> subprocess.CompletedProcess:
+    """`engaging experiment run --config PATH WORDS...` on this machine."""
+    return engaging(clone, "run", "--config", path, *LOCAL, *words, check=check)
+
+
+def seeds(folder: Path) -> list[tuple[int, int, bool]]:
+    """(run, seed, success) of each line of an experiment's results."""
+    return [(row["run_id"], row["seed"], row["success"]) for row in lines(folder / "results.jsonl")]
+
+
+def two_variants(folder: Path, prefix: str, **values: object) -> None:
+    """The configurations PREFIX_base and PREFIX_palm."""
+    hyperparameters = values.pop("hyperparameters", {})
+    configuration(folder, experiment_name=f"{prefix}_base", hyperparameters=hyperparameters, **values)
+    configuration(
+        folder, experiment_name=f"{prefix}_palm", modification_type="architecture",
+        hyperparameters={"variant": "palm_parallel", **hyperparameters}, **values,
+    )  # fmt: skip

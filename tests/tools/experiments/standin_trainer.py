@@ -121,8 +121,9 @@ def wait_at(gate):
 def loss_of(args, step):
     if args.variant == "fades":  # best in a short run, worst in a long one
         GAIN["fades"] = 0.1 if args.num_iterations <= 8 else -0.1
+    tuned = 10 * (args.muon_lr - 0.025) ** 2 if args.muon_lr else 0.0
     noise = math.sin(args.seed * 12.9898 + 4.1) * 0.004
-    return 3.3 + 4 * math.exp(-step / 3) - GAIN.get(args.variant, 0) * step / (step + 1) + noise
+    return 3.3 + 4 * math.exp(-step / 3) - GAIN.get(args.variant, 0) * step / (step + 1) + noise + tuned
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import kit
 import pytest
 
 from tools.experiments import costs, plan
@@ -79,3 +80,17 @@ def test_no_more_runs_at_once_than_the_nodes_hold():
 
     assert [room(4, "h200", 8), room(8, "h200", 8), room(1, "l40s", 8), room(1, "h200", 16)] == [4, 2, 4, 8]
     assert room(0, None, 32) == 6 and room(8, "l40s", 8) == 1
+
+
+def test_without_prices_the_stages_cost_what_their_budget_says(clone):
+    """The document's sum: 16 + 30 + 42 and 7 for a pivot, against 168 for all variants in full: 43% saved."""
+    words = ("plan", "tools/experiments/configs", "--executor", "local", "--minutes", "30m")
+    said = kit.engaging(clone, *words, check=False).stdout
+    assert "A $2.00, B $10.00, C $8.40 a run; --price sets yours" in said
+    assert "$88.00 and $7.00 for a pivot, 43% less than $168.00" in said
+    rows = json.loads(kit.engaging(clone, *words, "--json", check=False).stdout)
+    assert [row["cost"] for row in rows] == [16.0, 120.0, 168.0]
+    rows = json.loads(kit.engaging(clone, *words, "--json", "--price", "1", check=False).stdout)
+    assert [row["cost"] for row in rows] == [4.0, 24.0, 80.0]
+    rows = json.loads(kit.engaging(clone, *words, "--json", "--n-gpus", 2, check=False).stdout)
+    assert [row["cost"] for row in rows] == [None] * 3

@@ -130,3 +130,9 @@ def test_rank_correlation():
 def test_no_stage_is_said():
     assert "no stage A or B" in promote.decide([result("palm", "", [3.2])]).verdict
     assert "no variant yet" in promote.decide([BASE]).verdict
+
+
+def test_a_verdict_against_typed_numbers_is_marked_and_one_against_runs_is_not():
+    stated = result("palm", "A", [3.28, 3.29], baseline_val_loss=3.30, baseline_std=0.02)
+    assert promote.decide([stated]).verdict.endswith(promote.TYPED)
+    assert promote.TYPED not in promote.decide([stated, BASE]).verdict

@@ -365,3 +365,10 @@ def test_training_losses_outside_the_frame_are_cut_off_and_not_bridged() -> None
     inner = re.search(r'<svg x="62".*?</svg>', drawn)[0]
     assert len(re.search(r'class="train" points="([^"]*)"', inner)[1].split()) == 100
     assert drawn.count('class="train"') == 1 and "overflow" not in drawn
+
+
+def test_the_public_record_is_every_boards_first_example(tmp_path: Path) -> None:
+    (tmp_path / "board").mkdir()
+    text = (build(tmp_path / "board") / "index.html").read_text()
+    assert "The public record, as an example" in text and "record 1, llm.c baseline: 45 minutes" in text
+    assert "github.com/KellerJordan/modded-nanogpt" in text and text.count('<circle class="dot best"') > 20

@@ -10,8 +10,22 @@ from nanogpt.common.errors import UserError
 if typing.TYPE_CHECKING:
     import tiktoken
 
+    from nanogpt.common.shards import TokenSet
+
 GPT2_TOKENS = {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256, "chars": None}
 END_OF_TEXT = "<|endoftext|>"
+
+
+def tokens_of(token_set: "TokenSet") -> dict:
+    """What a run's config.json keeps as "tokens": enough for `make_tokenizer` when the data set has gone."""
+    from nanogpt.common.shards import read_chars
+
+    return {
+        "tokenizer": token_set.tokenizer,
+        "vocab_size": token_set.vocab_size,
+        "eot": token_set.eot,
+        "chars": read_chars(token_set.folder) if token_set.tokenizer == "char" else None,
+    }
 
 
 class CharTokenizer:

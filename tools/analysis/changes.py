@@ -1,0 +1,124 @@
+"""What changed between two variants: configuration keys, lines of source, hardware. One change is a comparison."""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tools.analysis import strict
+from tools.analysis.load import INCIDENTAL
+from tools.analysis.records import Group
+from tools.runs import printable
+
+DESCRIPTIVE = {
+    "experiment_name",
+    "description",
+    "modification_type",
+    "modification_details",
+    "n_runs",
+    "notes",
+}
+DESCRIPTIVE |= {"target_val_loss", "baseline_val_loss", "baseline_std"}
+MOST_KEYS, MOST_FILES, MOST_LINES = 20, 8, 6  # shown
+LARGEST_SOURCE = 4 << 20  # bytes of one source file that are compared
+ABSENT = "not set"
+
+
+@dataclass
+class Changes:
+    """`config` is (key, before, after); `source` is (file, lines removed, lines added, the first of them)."""
+
+    config: list[tuple[str, str, str]] = field(default_factory=list)
+    source: list[tuple[str, int, int, list[str]]] = field(default_factory=list)
+    surroundings: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many things changed: keys, and the source as one."""
+        return len(self.config) + bool(self.source)
+
+
+def find(baseline: Group, variant: Group) -> Changes:
+    """Compare the configurations, the sources and the machines of the first counted run of each side."""
+    sides = baseline, variant
+    found = Changes(_different(*(settings_of(group) for group in sides)))
+    folders = [group.counted[0].path / "source" for group in sides if group.counted]
+    if len(folders) == 2 and all(folder.is_dir() for folder in folders):
+        found.source = _source(*folders)
+    for name in ("gpu", "count", "torch", "host"):
+        values = [{str(getattr(one, name)) for one in group.hardware()} - {"", "0"} for group in sides]
+        if all(values) and values[0] != values[1]:
+            title = {"gpu": "GPU", "count": "GPUs", "torch": "PyTorch", "host": "node"}[name]
+            found.surroundings.append((title, *(printable(", ".join(sorted(v)))[:80] for v in values)))
+    return found
+
+
+def settings_of(group: Group) -> dict[str, Any]:
+    """What a variant was trained with: its run's own configuration, else its experiment's; flat, by dotted keys."""
+    path = group.counted[0].path / "config.json" if group.counted else Path("/nowhere")
+    own = strict.section(strict.read_object(path), "config", str(path)) if path.is_file() else {}
+    flat = own or _flat(group.config)
+    return {
+        key: value for key, value in flat.items() if key.rpartition(".")[2] not in INCIDENTAL | DESCRIPTIVE
+    }
+
+
+def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return found
+
+
+def _different(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, str]]:
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, ABSENT) != new.get(key, ABSENT)]
+    return [(printable(key)[:80], _said(old.get(key, ABSENT)), _said(new.get(key, ABSENT))) for key in keys]
+
+
+def _said(value: object) -> str:
+    return printable(str(value))[:80] or "empty"
+
+
+def _source(old: Path, new: Path) -> list[tuple[str, int, int, list[str]]]:
+    """The source files that differ, by name."""
+    texts = [{str(p.relative_to(f)): _lines(p) for p in f.rglob("*.py") if p.is_file()} for f in (old, new)]
+    found = []
+    for name in sorted(texts[0].keys() | texts[1].keys()):
+        before, after = (text.get(name, []) for text in texts)
+        if before == after:
+            continue
+        lines = list(difflib.unified_diff(before, after, lineterm="", n=0))[2:]
+        changed = [printable(line)[:110] for line in lines if line[:1] in "+-" and line[1:].strip()]
+        minus = sum(line[0] == "-" for line in lines)
+        found.append((printable(name), minus, sum(line[0] == "+" for line in lines), changed[:MOST_LINES]))
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        return file.read(LARGEST_SOURCE).decode("utf-8", "replace").splitlines()
+
+
+def text(found: Changes) -> list[str]:
+    """The changes as lines."""
+    if not (found.config or found.source or found.surroundings):
+        return ["Changed: nothing that the runs have recorded."]
+    lines = ["Changed:"]
+    lines += [f"  {key}: {old} -> {new}" for key, old, new in found.config[:MOST_KEYS]]
+    if len(found.config) > MOST_KEYS:
+        lines.append(f"  ... and {len(found.config) - MOST_KEYS} more keys")
+    for name, minus, plus, shown in found.source[:MOST_FILES]:
+        lines.append(f"  source {name}: {minus} lines removed, {plus} added")
+        lines += [f"    {line}" for line in shown]
+    if len(found.source) > MOST_FILES:
+        lines.append(f"  ... and {len(found.source) - MOST_FILES} more files")
+    lines += [f"  {name}: {old} -> {new}" for name, old, new in found.surroundings]
+    return lines
+
+
+def caution(found: Changes) -> str:
+    """What to mind when more than one thing changed, or ""."""
+    if found.count < 2:
+        return ""
+    names = [key for key, _, _ in found.config[:5]] + (["source"] if found.source else [])
+    return f"{found.count} things changed at once ({', '.join(names)}): whichever of them did it, this cannot tell"

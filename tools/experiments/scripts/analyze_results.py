@@ -1,0 +1,11 @@
+"""`engaging analyze` as the document names it: `python scripts/analyze_results.py experiment_logs/nanogpt_*`."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[3])  # the checkout
+
+from tools.experiments import door
+
+if __name__ == "__main__":
+    door.enter("analyze")

@@ -31,7 +31,7 @@ FREE = frozenset(
         "out_dir", "data_root", "init_from", "auto_resume", "overwrite", "accept_changed", "new_source",
         "check", "plan",
         "val_loss_every", "val_steps", "target_val_loss", "log_interval", "save_interval", "save_minutes",
-        "keep_checkpoints",
+        "keep_checkpoints", "wandb_log", "wandb_project", "wandb_run_name",
         "device", "compile", "backend", "deterministic", "num_threads",
     ]
 )  # fmt: skip
@@ -112,6 +112,9 @@ class Config:
         15.0, "most minutes of work that a lost machine may cost; 0: no limit", low=0.0, high=1e6
     )
     keep_checkpoints: int = knob(2, "checkpoints kept", low=1, high=1000)
+    wandb_log: bool = knob(False, "also log to Weights & Biases (WANDB_MODE=offline works)")
+    wandb_project: str = knob("engaging-nanogpt", "Weights & Biases project")
+    wandb_run_name: str = knob("", "Weights & Biases run name; default: the name of out_dir")
     # Hardware.
     device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU when there is one")
     compile: str = knob("auto", "torch.compile: true, false, or auto (on a GPU only)",
@@ -206,7 +209,7 @@ def lr_factor(plan: Plan, step: int) -> float:
 def smoke_sizes(values: dict[str, object], on_gpu: bool, world_size: int) -> dict[str, object]:
     """What --smoke puts in place of the knobs `values`."""
     small = {"num_iterations": SMOKE_STEPS, "warmdown_iters": -1, "val_loss_every": 0, "target_val_loss": 0.0,
-             "log_interval": 1, "repeat_data": True, "compile": "false"}  # fmt: skip
+             "log_interval": 1, "repeat_data": True, "compile": "false", "wandb_log": False}  # fmt: skip
     for name, most in SMOKE_BATCH.items():
         small[name] = min(int(values.get(name, getattr(Config, name))), most)
     if not on_gpu:

@@ -45,7 +45,7 @@ from modded_nanogpt.simple_data import TrainBatches, ValBatches
 from modded_nanogpt.simple_graphs import graphs_for, in_sequences, on_device, sum_gradients, variant_class
 from modded_nanogpt.simple_optim import optimizer_of
 from modded_nanogpt.variants.baseline import norm
-from nanogpt.common import hardware, training
+from nanogpt.common import hardware, tracking, training
 from nanogpt.common import ranks as ranks_module
 from nanogpt.common.launch import open_run
 from nanogpt.common.ranks import Ranks
@@ -325,6 +325,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: Ranks, stop: St
         "end", step=step, status=status, val_loss=val_loss, train_ms=progress["train_ms"], target=target,
         target_met=met, val_tokens=val_batches.num_tokens, world_size=ranks.world_size,
     )  # fmt: skip
+    tracking.finish(at_end)
     return 0 if at_end else EXIT_INTERRUPTED
 
 

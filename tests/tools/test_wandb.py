@@ -11,6 +11,7 @@ import pytest
 from nanogpt.common import tracking
 from nanogpt.common.errors import UserError
 from tests.faults import tiny
+from tests.modded import simple_kit
 from tools import wandb_follow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +90,18 @@ def test_live_beside_a_trainer_that_never_waits_for_it(tiny_data, tmp_path) -> N
     assert summary["status"] == "finished"
     assert run.run_id == json.loads((tmp_path / "run/config.json").read_text())["run_id"]
     assert run.project == "engaging-nanogpt" and run.display_name == "run"
+
+
+def test_the_small_trainer_has_the_same_flag(tmp_path) -> None:
+    out = tmp_path / "run"
+    simple_kit.run(
+        simple_kit.make_data(tmp_path / "data"), f"--out_dir={out}", "--wandb_log=true", WANDB_MODE="offline"
+    )
+    (folder,) = offline_runs(out)
+    history, summary, _ = sent(folder)
+    expected = {step: loss for (kind, step), loss in simple_kit.losses(out).items() if kind == "train"}
+    assert {row["_step"]: row["loss"] for row in history if "loss" in row} == expected
+    assert summary["status"] == "finished"
 
 
 def metrics(folder: Path, *lines: dict) -> None:

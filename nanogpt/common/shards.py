@@ -173,7 +173,8 @@ def open_token_set(dataset: str, root: Path) -> TokenSet:
         is_folder = folder.is_dir()
     except (OSError, RuntimeError) as error:  # a name that is too long, the home of nobody
         why = getattr(error, "strerror", None) or error
-        place = str(root) if len(str(root)) <= 80 else f"...{str(root)[-77:]}"  # its end is what somebody typed
+        # Of a long name the end is what somebody typed.
+        place = str(root) if len(str(root)) <= 80 else f"...{str(root)[-77:]}"
         raise UserError(f"--dataset={dataset[:80]} in {place}: {why}; give another folder") from None
     if not is_folder:
         problem = "is not a folder" if folder.exists() else "does not exist"

@@ -125,10 +125,9 @@ class CompileCache:
                     self.say(f"already there ({len(manifest.files):,} files, {which})")
                     return
                 self._unpack(manifest, missing)
-            except FileNotFoundError as error:
-                if path.exists():  # else a job beside this one has put a better one in its place
-                    self.say(f"note: {path.with_suffix('.tar.gz')}: cannot be used ({error}); left alone")
             except _UNREADABLE as error:
+                if isinstance(error, FileNotFoundError) and not path.exists():
+                    continue  # a job beside this one has put a better one in its place
                 self.say(f"note: {path.with_suffix('.tar.gz')}: cannot be used ({error}); left alone")
             except Unusable as error:
                 self.say(f"note: {path.with_suffix('.tar.gz')}: {error}; left alone")

@@ -143,10 +143,8 @@ def check_targets(plan: DataPlan, token_set: TokenSet, config: Config) -> None:
     for stage in schedule.stages(config):
         size = stage.batch_tokens // lanes
         for step in range(stage.start, stage.end):
-            classes, tokens = (
-                schedule.sampled_classes(config, step),
-                token_set.shards_train[plan.shard[step]].tokens(),
-            )
+            classes = schedule.sampled_classes(config, step)
+            tokens = token_set.shards_train[plan.shard[step]].tokens()
             for lane in range(lanes if classes else 0):
                 pieces = zip(*plan.pieces(step, lane, size, stage.max_document), strict=True)
                 lane_tokens = np.concatenate([tokens[at : at + length] for at, length in pieces])

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from modded_nanogpt.config import Config
 from nanogpt.common import rundir
 from nanogpt.common.errors import UserError
 from nanogpt.common.shards import data_root
@@ -21,7 +22,7 @@ Values = dict[str, object]  # knobs that somebody set, by name
 
 def runs_of(values: Values) -> list[Values]:
     """The knobs of each run that the command line asks for: one, or those of --runs. UserError for contradictions."""
-    count = int(values.get("runs", 1))
+    count = int(values.get("runs", Config.runs))
     if count == 1:
         return [values]
     if values.get("smoke"):
@@ -30,7 +31,7 @@ def runs_of(values: Values) -> list[Values]:
         raise UserError(
             f"--init_from=resume with --runs={count}: the same command again goes on; leave it away"
         )
-    folder, first = Path(str(values["out_dir"])).expanduser().absolute(), int(values.get("seed", 1337))
+    folder, first = Path(str(values["out_dir"])).expanduser().absolute(), int(values.get("seed", Config.seed))
     if rundir.holds_run(folder):
         raise UserError(
             f"--out_dir={folder}: is one run, and --runs={count} makes a folder of runs; choose another"

@@ -23,6 +23,7 @@ from nanogpt.common import checkpoint_names, rundir
 from nanogpt.common.errors import UserError, run_command
 from nanogpt.common.flags import knob, parse
 from nanogpt.common.machine import check_device
+from nanogpt.common.tokenizer import printable
 
 if typing.TYPE_CHECKING:
     from torch import Tensor
@@ -144,15 +145,16 @@ def show(
     from modded_nanogpt.batches import text_batch
     from modded_nanogpt.lanes import next_logits
 
+    clean = printable if sys.stdout.isatty() else str
     windows, tied = schedule.final_window(run_config), schedule.at(run_config, step).tied
     tokens, decode = list(prompt), words.decoder()
-    print(printable(config.start), end="", flush=True)
+    print(clean(config.start), end="", flush=True)
     for _ in range(config.max_new_tokens):
         seen = tokens[-CONTEXT:]
         batch = text_batch(run_config, seen, ranks.device)
         logits = next_logits(state, batch, len(seen) - 1, tied, windows)[: words.vocab_size]
         tokens.append(choose(logits.cpu(), config, generator))
-        print(printable(decode(tokens[-1])), end="", flush=True)
+        print(clean(decode(tokens[-1])), end="", flush=True)
     print(f"\n{RULE}", flush=True)
 
 
@@ -166,13 +168,6 @@ def choose(logits: "Tensor", config: Config, generator: object) -> int:
     if 0 < config.top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(config.top_k).values[-1], -torch.inf)
     return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-
-
-def printable(text: str) -> str:
-    """At a terminal without the control characters that could rewrite it; line breaks and tabs stay."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 if __name__ == "__main__":

@@ -232,7 +232,6 @@ def warm_up(
     The rules leave this untimed as long as the run then starts from a state that knows nothing of it. `ahead`: who
     compiles graphs beside this process.
     """
-    beginning = batches.state()
     *lane_graphs, eval_graph = graphs(config, batches, val_batches)
     _randomize(state, config.seed)
     began = time.perf_counter()
@@ -262,7 +261,7 @@ def warm_up(
         eval_lane(state, batch, True, schedule.final_window(config))
         break
     state.optimizer.reset()
-    batches.restore(beginning)
+    batches.restart()
     ranks.wait()
     if state.compiled:
         from torch._dynamo.utils import counters  # there by now; importing it takes a second

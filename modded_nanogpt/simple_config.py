@@ -185,11 +185,16 @@ def resolve(config: Config, world_size: int) -> Plan:
     return Plan(
         world_size=world_size,
         total_steps=config.num_iterations,
-        end_step=config.stop_step or config.num_iterations,
+        end_step=end_step(config),
         warmdown_steps=warmdown,
         tokens_per_step=config.batch_size * config.sequence_length,
         micro_steps=config.batch_size // unit,
     )
+
+
+def end_step(config: Config) -> int:
+    """The step after which the run ends."""
+    return config.stop_step or config.num_iterations
 
 
 def steps_named(text: str) -> tuple[int, ...]:
@@ -295,7 +300,7 @@ def _check_shape(config: Config) -> None:
             f"--warmdown_iters={config.warmdown_iters}: more than --num_iterations={config.num_iterations}; "
             f"--warmdown_iters={near} is 7 of 10"
         )
-    end = config.stop_step or config.num_iterations
+    end = end_step(config)
     if end > config.num_iterations:
         raise UserError(
             f"--stop_step={config.stop_step}: more than --num_iterations={config.num_iterations}; leave it away"

@@ -11,9 +11,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from modded_nanogpt import many_runs
+from modded_nanogpt.many_runs import Values
 from modded_nanogpt.simple_config import (
     FREE,
     Config,
+    end_step,
     read_plan,
     resolve,
     smoke_sizes,
@@ -34,8 +37,6 @@ SMALL_DATA = 1 << 28  # bytes that are read and checked before the run directory
 ONE_FOR_ALL = ("device", "backend", "num_threads", "deterministic")  # of a plan's runs, which share a process
 VOCABULARY_MULTIPLE = 64  # rows of embedding and head, as matrix units like them
 
-Values = dict[str, object]  # knobs that somebody set, by name
-
 
 def launch(argv: list[str], description: str) -> int:
     """Open the run, or the first of a plan's runs, and go on in its copy. Returns when nothing is to be trained."""
@@ -43,7 +44,7 @@ def launch(argv: list[str], description: str) -> int:
         values = values_of(argv, description)
         runs = runs_of(values, argv)
         if values.get("plan"):
-            runs = _unfinished(runs, say=True)
+            runs = _unfinished(runs)
             _look_ahead(runs, argv)
             if not runs or values.get("check"):
                 return 0
@@ -84,24 +85,14 @@ def later_runs(argv: list[str], description: str, first: Path) -> list[Values]:
     runs = [
         {**run, "variant": name_of(str(run.get("variant", "baseline")))} for run in runs_of(values, words)
     ]
-    left = _unfinished(runs)
-    return [run for run in left if Path(str(run["out_dir"])) != first]
+    return many_runs.others(runs, first)
 
 
 def trainer(runs: list[Values]) -> Trainer:
     """What `open_run` needs to know. The source copy holds the variants of all runs that this process trains."""
     specs = list(dict.fromkeys(str(run.get("variant", "baseline")) for run in runs))
     own = functools.partial(_own_variants, specs)
-    return Trainer(
-        Config,
-        ROOT,
-        FOLDERS,
-        ENTRY,
-        FREE,
-        inspect,
-        lambda config: config.stop_step or config.num_iterations,
-        own,
-    )
+    return Trainer(Config, ROOT, FOLDERS, ENTRY, FREE, inspect, end_step, own)
 
 
 def vocabulary_rows(token_set: TokenSet) -> int:
@@ -164,7 +155,7 @@ def _refuse_short(config: Config, token_set: TokenSet) -> None:
         (
             "train",
             token_set.shards_train,
-            1 if config.repeat_data else (config.stop_step or config.num_iterations) * config.batch_size,
+            1 if config.repeat_data else end_step(config) * config.batch_size,
         ),
         ("val", token_set.shards_val, max(1, config.val_tokens // length)),
     ):
@@ -200,10 +191,10 @@ def _own_variants(specs: list[str], config: Config) -> dict[str, bytes]:
     return files
 
 
-def _unfinished(runs: list[Values], say: bool = False) -> list[Values]:
-    """The runs whose metrics do not end with `finished`, in order."""
-    left = [run for run in runs if not rundir.is_finished(Path(str(run["out_dir"])))]
-    if say and len(left) < len(runs) and os.environ.get("RANK", "0") == "0":
+def _unfinished(runs: list[Values]) -> list[Values]:
+    """The runs that are not finished, in order; says how many are."""
+    left = many_runs.unfinished(runs)
+    if len(left) < len(runs) and os.environ.get("RANK", "0") == "0":
         print(f"{len(runs) - len(left)} of {len(runs)} runs are finished already", flush=True)
     return left
 

@@ -23,6 +23,7 @@ from nanogpt.common import checkpoint_names, rundir
 from nanogpt.common.errors import UserError, run_command
 from nanogpt.common.flags import knob, parse
 from nanogpt.common.machine import check_device
+from nanogpt.common.tokenizer import printable
 from nanogpt.config import GPT2_SIZES
 
 if typing.TYPE_CHECKING:
@@ -232,13 +233,6 @@ def show(config: Config, model: "GPT", tokenizer: "Tokenizer", prompt: list[int]
             print("" if streaming and number == 0 else "".join(text), RULE, sep="\n", flush=True)
     seconds = time.perf_counter() - began
     note(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s")
-
-
-def printable(text: str) -> str:
-    """Without the control characters that could rewrite a terminal; line breaks and tabs stay."""
-    return "".join(
-        char if char in "\n\t" or char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text
-    )
 
 
 if __name__ == "__main__":

@@ -88,3 +88,10 @@ def make_tokenizer(tokens: dict, where: str, root: Path) -> Tokenizer:
             'put meta.json {"chars": "..."} into its folder and start the run again'
         )
     raise UserError(f"{where}: tokens: {str(tokens)[:60]}: names no tokenizer; is it the directory of a run?")
+
+
+def printable(text: str) -> str:
+    """Without the control characters that could rewrite a terminal; line breaks and tabs stay."""
+    return "".join(
+        char if char in "\n\t" or char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text
+    )

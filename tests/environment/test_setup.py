@@ -66,7 +66,7 @@ def test_what_it_was_made_from_is_remembered(setup, clone, home):
         assert done.returncode == 0, done.stderr
         assert "the dependency lists of pyproject.toml are not those" in done.stdout
         assert "[1/3]" not in done.stdout and len(pip_calls(home)) == 1
-    version = [env_of(home) / "bin/python", "-c", "import rich; print(rich.__version__)"]
+    version = [env_of(home) / "bin/python", "-B", "-c", "import rich; print(rich.__version__)"]
     assert subprocess.run(version, capture_output=True, text=True).stdout == "15.0.1\n"
 
     (rich,) = (env_of(home) / "lib").glob("python3*/site-packages/rich-*")  # somebody takes one away

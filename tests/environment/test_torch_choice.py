@@ -120,7 +120,7 @@ def have(home: Path, module: str = "torch") -> str:
     code = (
         f"import {module} as it; print(it.__version__, getattr(it, 'version', it).__dict__.get('cuda', ''))"
     )
-    done = subprocess.run([env_of(home) / "bin/python", "-c", code], capture_output=True, text=True)
+    done = subprocess.run([env_of(home) / "bin/python", "-B", "-c", code], capture_output=True, text=True)
     return done.stdout.strip()
 
 

@@ -4,24 +4,15 @@ import argparse
 
 from nanogpt.common.errors import UserError
 from tools.launch.presets import Target
-from tools.site import limits, profile, slurm
+from tools.site import limits, profile
 from tools.site.cluster import Cluster
 from tools.site.limits import Request
-from tools.site.plan import Option, ask_starts, best, options
+from tools.site.plan import Option, ask_starts, asked_for, best, options
 
 
 def choose(args: argparse.Namespace, cluster: Cluster, site: profile.Site, target: Target) -> Option:
     """The partition and GPU type for the flags given; UserError when nothing takes them."""
-    asked = Request(
-        args.gpus,
-        args.gpu_type,
-        args.time or target.minutes,
-        args.nodes,
-        args.cpus or 0,
-        slurm.memory_mb(args.mem) if args.mem else None,
-        args.account,
-        args.qos,
-    )
+    asked = asked_for(args, target)
     limits.check_gpu_type(cluster, asked.gpu_type)
     limits.check_account(cluster, asked)
     if cluster.associations == [] and not cluster.notes:

@@ -7,6 +7,7 @@ For every partition and GPU type: the limits that the cluster told us, then `sba
 expected start.
 """
 
+import argparse
 import json
 import re
 import time
@@ -172,6 +173,15 @@ def launch_line(preset: str, option: Option, seeds: int) -> str:
     return " ".join(parts)
 
 
+def asked_for(args: argparse.Namespace, target: Target) -> Request:
+    """The request that the options of `tools.args.add_request` make; a command may go without --mem."""
+    memory = getattr(args, "mem", None)
+    return Request(
+        args.gpus, args.gpu_type, args.time or target.minutes, args.nodes, args.cpus or 0,
+        slurm.memory_mb(memory) if memory else None, args.account, args.qos,
+    )  # fmt: skip
+
+
 def main(argv: list[str]) -> int:
     """The command."""
     parser = _parser()
@@ -181,16 +191,7 @@ def main(argv: list[str]) -> int:
     slurm.need_slurm("engaging plan")
     site = current_site(root)
     fill(args, site.path, ("account", "qos"))
-    request = Request(
-        args.gpus,
-        args.gpu_type,
-        args.time or target.minutes,
-        args.nodes,
-        args.cpus or 0,
-        None,
-        args.account,
-        args.qos,
-    )
+    request = asked_for(args, target)
     cluster = ask_cluster()
     check_gpu_type(cluster, request.gpu_type)
     check_account(cluster, request)

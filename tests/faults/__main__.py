@@ -49,7 +49,7 @@ class Settings:
 
 def table(settings: Settings, tallies: list[Tally], seconds: float) -> str:
     """The report, in Markdown."""
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     lines = [
         f"Seed {settings.seed}, {now}, torch {metadata.version('torch')}, Python {platform.python_version()}, "
         f"{platform.system()}, {seconds:.0f} s. Repeat with `make faults ARGS=--seed={settings.seed}`.",
@@ -79,7 +79,7 @@ def slurm_table(settings: Settings, outcomes: list, version: str, seconds: float
     """The report of the runs on SLURM, in Markdown."""
     from tests.faults.slurm_runs import KINDS, STEPS
 
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     hit = [outcome for outcome in outcomes if outcome.hit]
     lines = [
         f"Seed {settings.seed}, {now}, {version}, torch {metadata.version('torch')}, "

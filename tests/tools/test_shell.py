@@ -30,7 +30,7 @@ def terminal(root, tmp_path):
         if pid == 0:
             os.execvpe(
                 sys.executable,
-                [sys.executable, "-P", str(script), str(root), "300", str(idle)],
+                [sys.executable, "-I", str(script), str(root), "300", str(idle)],
                 environment,
             )
         screen, limit = "", time.monotonic() + 60

@@ -195,7 +195,7 @@ def _command(launch: Launch, first: Experiment) -> str:
     folder = f"{book.SHELF}/{launch.name}/{launch.number:03}"
     return (
         f'code="$SLURM_SUBMIT_DIR/{SHELF}/{CODE}/{first.code.name}"\n'
-        'exec "$ENV_PATH/bin/python" -P "$code/tools/experiments/task.py" '
+        'exec "$ENV_PATH/bin/python" -I "$code/tools/experiments/task.py" '
         f'"$SLURM_SUBMIT_DIR/{folder}" "${{SLURM_ARRAY_TASK_ID:-0}}"'
     )
 

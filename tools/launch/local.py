@@ -41,7 +41,7 @@ def start(root: Path, launch: Launch, words: list[list[str]], gpus: int, extra: 
                 **({"NUM_GPUS": str(gpus)} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
             }
         )
-        worker = [sys.executable, "-P", str(WORKER), str(folder), str(len(words))]
+        worker = [sys.executable, "-I", str(WORKER), str(folder), str(len(words))]
         with storage_errors(log), log.open("ab") as out:
             process = subprocess.Popen(
                 worker,

@@ -1,6 +1,6 @@
 """What `engaging shell` runs on the node: a bash in the repository, watched for its end and for idleness.
 
-    python -P shell_inside.py ROOT WARN_SECONDS IDLE_SECONDS
+    python -I shell_inside.py ROOT WARN_SECONDS IDLE_SECONDS
 
 Run by its path with the standard library only. Idle: nothing typed or printed, bash itself in the foreground, and no
 other process of the job on this node (a training in the background or in tmux is work).

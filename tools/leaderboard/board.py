@@ -123,7 +123,7 @@ class Board:
                 found.append((path, read_record(path)))
             except CommandError as error:
                 found.append((path, error))
-        last = datetime.datetime.max.replace(tzinfo=datetime.UTC)
+        last = datetime.datetime.max.replace(tzinfo=datetime.timezone.utc)
         found.sort(key=lambda row: (row[1].submitted if isinstance(row[1], Record) else last, row[0].name))
         yield from found
 

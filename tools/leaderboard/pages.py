@@ -90,8 +90,9 @@ def build_site(board: Board, out: Path) -> tuple[int, list[tuple[str, str]]]:
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    now = datetime.datetime.now(datetime.timezone.utc)
     common = {
-        "limits": LIMITS, "built": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", "board": board.title,
+        "limits": LIMITS, "built": f"{now:%Y-%m-%d %H:%M} UTC", "board": board.title,
     }  # fmt: skip
     make_folder(out / "records")
     atomic_write_text(
@@ -333,7 +334,7 @@ def _history() -> dict[str, Any]:
     found = json.loads(HISTORY.read_text(encoding="utf-8"))
     points = [
         (
-            datetime.datetime.fromisoformat(row["date"]).replace(tzinfo=datetime.UTC), float(row["minutes"]),
+            datetime.datetime.fromisoformat(row["date"]).replace(tzinfo=datetime.timezone.utc), float(row["minutes"]),
             f"record {row['record']}, {row['what']}", True,
         )
         for row in found["records"]

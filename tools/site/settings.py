@@ -13,7 +13,6 @@ import argparse
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from nanogpt.common.flags import nearest
 from nanogpt.common.storage import atomic_write_text, make_folder
 from tools.args import Parser, list_of_names, name_of
 from tools.place import checkout
+from tools.toml import tomllib
 
 MAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]{1,200}")
 PRICES = re.compile(r"[A-Za-z0-9_=.,]{1,200}")

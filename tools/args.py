@@ -143,11 +143,21 @@ def parse_minutes(text: str) -> int | None:
     return numbers[0] + (len(numbers) == 2 and numbers[1] > 0)  # M[:S]
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 GPU`, `2 GPUs`, `no GPU`."""
+    return f"{count or 'no'} {noun}{'s' * (count > 1)}"
+
+
 def clock(minutes: float) -> str:
     """Minutes as SLURM writes a time limit: 06:00:00, 2-00:00:00."""
     total = int(minutes)
     days, rest = divmod(total, 1440)
     return f"{days}-{rest // 60:02}:{rest % 60:02}:00" if days else f"{rest // 60:02}:{rest % 60:02}:00"
+
+
+def spoken(minutes: int) -> str:
+    """Minutes as nobody mistakes them: `4 minutes`, `4 h`."""
+    return counted(minutes, "minute") if minutes < 60 else words(minutes)
 
 
 def words(minutes: float) -> str:

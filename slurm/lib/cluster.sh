@@ -112,9 +112,9 @@ why_not() { # PARTITION TYPE GPUS NODES MINUTES: why it cannot take this, in a f
     row=$(gpu_row "$1" "$2" "$3")
     if [ -z "$row" ]; then echo "has no ${2:-GPUs}"; return; fi
     if [ "$3" -gt "${row%% *}" ]; then echo "has ${row%% *} ${2:+$2 }a node"; return; fi
-    if [ "$4" -gt "${row##* }" ]; then echo "has ${row##* } such nodes"; return; fi
+    if [ "$4" -gt "${row##* }" ]; then echo "has $(counted "${row##* }" "such node")"; return; fi
     limit=$(gpu_limit "$1")
-    if [ -n "$limit" ] && [ $(($3 * $4)) -gt "$limit" ]; then echo "gives one user $limit GPUs"; fi
+    if [ -n "$limit" ] && [ $(($3 * $4)) -gt "$limit" ]; then echo "gives one user $(counted "$limit" GPU)"; fi
 }
 
 type_is_here() { grep -q "gpu:$1:" <<<"$live"; }

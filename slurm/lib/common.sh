@@ -26,6 +26,8 @@ die() { # one line and exit status 2; inside $(...) it ends only the subshell, s
     exit "$EXIT_USAGE"
 }
 
+counted() { printf '%s %s%s' "$1" "$2" "$([ "$1" = 1 ] || echo s)"; } # NUMBER NOUN
+
 is_number() { [[ $1 =~ ^[1-9][0-9]{0,5}$ ]]; }
 
 check_setting() { # NAME PATTERN WHAT: dies unless the variable is unset, empty or matches the whole pattern
@@ -171,10 +173,17 @@ environment_folder() { # ENV_PATH, else the setting's, else the default place, e
     echo "${folder%/}"
 }
 
+not_exported() { # why a job may not know what its user has set
+    case ,${SLURM_EXPORT_ENV:-ALL}, in
+        *,ALL,*) ;;
+        *) if in_job; then echo " (sbatch --export left your own settings behind: --export=ALL,...)"; fi ;;
+    esac
+}
+
 check_environment() { # before anything is queued
     local folder
     folder=$(environment_folder)
-    [ -x "$folder/bin/python" ] || die "ENV_PATH=$folder: no Python there; build it first: bash setup_env.sh"
+    [ -x "$folder/bin/python" ] || die "ENV_PATH=$folder: no Python there; build it first: bash setup_env.sh$(not_exported)"
 }
 
 activate_environment() { # Python of ENV_PATH first on PATH: through activate_env.sh, or by hand where conda is broken

@@ -335,6 +335,16 @@ def test_torchruns_flags_are_used_where_it_has_them(tmp_path, torch_has_flags):
     assert any(word.startswith("--rdzv-endpoint=127.0.0.1:") for word in words)
 
 
+def test_a_job_that_came_without_its_users_variables_says_so():
+    """Case G4: `sbatch --export=A=1` sets SLURM_EXPORT_ENV, and no ENV_PATH or DATA_ROOT comes along."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_EXPORT_ENV": "A", "ENV_PATH": "/none"}
+    done = common("check_environment", env=job)
+    assert done.returncode == 2 and done.stderr.endswith(
+        "setup_env.sh (sbatch --export left your own settings behind: --export=ALL,...)\n"
+    )
+    assert "--export" not in common("check_environment", env={**job, "SLURM_EXPORT_ENV": "A,ALL"}).stderr
+
+
 def test_compile_caches_are_each_jobs_own_on_the_nodes_disk(tmp_path):
     """Case H1. A stand-in for df says that home is on NFS; squeue, that jobs 6 and 7 are not over."""
     disk, home = tmp_path / "disk", tmp_path / "home"

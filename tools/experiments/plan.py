@@ -14,9 +14,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, minutes, whole, words
+from tools.args import Parser, counted, minutes, whole, words
 from tools.experiments import costs, run, status, study
-from tools.experiments.flags import add_execution, counted, price
+from tools.experiments.flags import add_execution, price
 from tools.experiments.records import Experiment
 from tools.place import checkout
 from tools.site import slurm

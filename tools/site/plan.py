@@ -17,12 +17,12 @@ from datetime import datetime
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, add_request, clock, whole, words
+from tools.args import Parser, add_request, clock, counted, spoken, whole, words
 from tools.launch.presets import Target, resolve
 from tools.place import checkout
 from tools.site import grace, slurm
 from tools.site.cluster import Cluster, ask_cluster, gpu_rank
-from tools.site.estimate import past
+from tools.site.estimate import past, too_short
 from tools.site.limits import Refusal, Request, check_account, check_gpu_type, gpu_cap, refusals
 from tools.site.profile import Site, current_site, default_cpus, default_memory
 from tools.site.settings import fill
@@ -212,10 +212,10 @@ def _show(
     args, cluster: Cluster, site: Site, found: list[Option], chosen: Option | None, instead: Option | None
 ) -> None:
     request = found[0].request if found else None
-    kind = f"{args.gpu_type} " if args.gpu_type else ""
     many = f", {args.seeds} seeds" if args.seeds > 1 else ""
     nodes = f" on each of {args.nodes} nodes" if args.nodes > 1 else ""
-    print(f"{args.preset}: {args.gpus} {kind}GPUs{nodes}, {clock(request.minutes) if request else ''}{many}")
+    limit = f", {spoken(request.minutes)} at most" if request else ""
+    print(f"{args.preset}: {_gpus(args.gpus, args.gpu_type)}{nodes}{limit}{many}")
     print(f"site {site.name}; asked {datetime.now():%Y-%m-%d %H:%M}\n")
     rows = [("partition", "GPU", "free", "answer")]
     for option in sorted(found, key=lambda o: (not o.ok, o.start or datetime.max, o.partition)):
@@ -226,10 +226,13 @@ def _show(
         print("  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip())
     for note in [*cluster.notes, past(checkout(), args.preset)]:
         print(f"note: {note}")
+    if request and (warning := too_short(checkout(), args.preset, request.minutes)):
+        print(f"warning: {warning}")
     print()
     if chosen:
         print(
-            f"Recommended: {chosen.request.all_gpus} GPUs in {chosen.partition}{_waves(chosen, args.seeds)}."
+            f"Recommended: {_gpus(chosen.request.all_gpus, chosen.request.gpu_type)} in {chosen.partition}"
+            f"{_waves(chosen, args.seeds)}."
         )
         if chosen.preemptable:
             print(
@@ -240,11 +243,17 @@ def _show(
         return
     print(f"This cannot start here: {_first_reason(found)}")
     if instead:
-        gpus, limit = instead.request.all_gpus, words(instead.request.minutes)
-        kind, nodes = instead.request.gpu_type or "", instead.request.nodes
-        spread = f" on {nodes} nodes" if nodes > 1 else ""
-        print(f"What can: {gpus} {kind} GPUs{spread} for {limit} in {instead.partition}.")
+        gpus, limit = (
+            _gpus(instead.request.all_gpus, instead.request.gpu_type),
+            words(instead.request.minutes),
+        )
+        spread = f" on {instead.request.nodes} nodes" if instead.request.nodes > 1 else ""
+        print(f"What can: {gpus}{spread} for {limit} in {instead.partition}.")
         print(f"  {launch_line(args.preset, instead, args.seeds)}")
+
+
+def _gpus(count: int, kind: str | None) -> str:
+    return counted(count, f"{kind} GPU" if kind else "GPU")
 
 
 def _grace(cluster: Cluster, option: Option) -> str:
@@ -258,9 +267,10 @@ def _answer(option: Option, seeds: int) -> str:
     if option.refusals:
         return "no: " + "; ".join(refusal.short for refusal in option.refusals)
     text = "yes" + (f", start {_when(option.start)}" if option.start else "")
-    text += f", {option.gpu_hours(seeds):g} GPU-hours at most"
+    hours = option.gpu_hours(seeds)
+    text += f", {hours:.3g} GPU-hour{'s' * (hours != 1)} at most" if hours else ""
     if seeds > 1:
-        text += f", {option.waves(seeds)} wave{'s' if option.waves(seeds) > 1 else ''}"
+        text += f", {counted(option.waves(seeds), 'wave')}"
     return text + (", preemptable" if option.preemptable else "")
 
 
@@ -273,7 +283,7 @@ def _waves(option: Option, seeds: int) -> str:
         f" (your limit: {option.at_once} side by side)" if option.at_once and option.at_once < seeds else ""
     )
     limit = words(count * option.request.minutes)
-    return f", {seeds} runs, {side} at once{whose}, {count} waves, {limit} after the start at most"
+    return f", {seeds} runs, {side} at once{whose}, {counted(count, 'wave')}, {limit} after the start at most"
 
 
 def _when(start: datetime) -> str:

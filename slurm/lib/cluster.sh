@@ -5,22 +5,11 @@
 site="" live=""
 
 site_file() { # the file of this cluster
-    local name file
-    name=${ENGAGING_SITE:-}
-    if [ -n "$name" ]; then
-        check_setting ENGAGING_SITE '[A-Za-z0-9_-]+' "the name of a file in slurm/sites"
-        [ -f "$ROOT/slurm/sites/$name.toml" ] || die "ENGAGING_SITE=$name: no slurm/sites/$name.toml"
-        echo "$ROOT/slurm/sites/$name.toml"
-        return
-    fi
-    name=$(scontrol show config 2>/dev/null | sed -n 's/^ClusterName *= *//p')
-    for file in "$ROOT"/slurm/sites/*.toml; do
-        if [ -n "$name" ] && grep -q "^cluster_names *=.*\"$name\"" "$file"; then
-            echo "$file"
-            return
-        fi
-    done
-    echo "$ROOT/slurm/sites/generic.toml"
+    local name=${ENGAGING_SITE:-}
+    check_setting ENGAGING_SITE '[A-Za-z0-9_-]+' "the name of a file in slurm/sites"
+    # shellcheck disable=SC2154  # common.sh sets it
+    [ -z "$name" ] || [ -f "$_engaging_sites/$name.toml" ] || die "ENGAGING_SITE=$name: no slurm/sites/$name.toml"
+    engaging_site "$_engaging_sites"
 }
 
 site_value() { # TABLE KEY: of the site file, lists as words; nothing when absent

@@ -9,6 +9,8 @@ fi
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 readonly ROOT
+# shellcheck disable=SC2034  # for settings.sh
+_engaging_sites=$ROOT/slurm/sites
 # shellcheck source-path=SCRIPTDIR source=settings.sh
 . "$ROOT/slurm/lib/settings.sh"
 readonly EXIT_USAGE=2

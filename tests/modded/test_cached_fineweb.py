@@ -157,7 +157,10 @@ def test_only_the_data_root_is_measured_and_written(hub, tmp_path):
             assert done.returncode == status, done.stderr
             assert not [path for path in home.rglob("*") if path.is_file()]
             if status:
-                assert done.stderr.count("\n") == 1 and "data 74/fineweb10B: needs 0.00 GB, the disk has" in done.stderr
+                assert (
+                    done.stderr.count("\n") == 1
+                    and "data 74/fineweb10B: needs 0.00 GB, the disk has" in done.stderr
+                )
                 assert not list(root.rglob("*.bin"))
 
 

@@ -2,6 +2,9 @@
 
 import argparse
 import re
+import shutil
+import sys
+import textwrap
 import typing
 
 from nanogpt.common.errors import UserError
@@ -141,6 +144,20 @@ def parse_minutes(text: str) -> int | None:
     if len(numbers) == 3:  # H:M:S
         return numbers[0] * 60 + numbers[1] + (numbers[2] > 0)
     return numbers[0] + (len(numbers) == 2 and numbers[1] > 0)  # M[:S]
+
+
+def folded(text: str, hang: int = 0) -> str:
+    """Text for this terminal: broken between words, further lines `hang` columns to the right; as it is in a file."""
+    if not sys.stdout.isatty():
+        return text
+    width = max(20, shutil.get_terminal_size().columns)
+    return textwrap.fill(
+        text,
+        width,
+        subsequent_indent=" " * min(hang, width // 3),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def counted(count: int, noun: str) -> str:

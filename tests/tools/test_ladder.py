@@ -128,7 +128,7 @@ def test_what_slurm_says(home, monkeypatch):
     somebody = Cluster(associations=[Association("mit_general", ("normal",))], my_jobs=[job])
     monkeypatch.setattr(ladder, "ask_cluster", lambda: somebody)
     rungs = standing(home)
-    assert rungs["account"].text == "mit_general" and rungs["quickstart"].command.startswith("srun ")
+    assert rungs["account"].text == "mit_general" and rungs["quickstart"].command == "make quickstart"
     assert "engaging why 7" in rungs["char model"].text
 
 

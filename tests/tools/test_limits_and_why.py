@@ -37,9 +37,9 @@ def request(gpus=1, kind="h200", minutes=60, nodes=1, cpus=8, **more) -> Request
     ("partition", "asked", "said"),
     [
         ("mit_normal_gpu", request(2), ""),
-        ("mit_normal_gpu", request(4), "2 GPUs user"),
+        ("mit_normal_gpu", request(4), "2 GPUs a user"),
         ("mit_preemptable", request(4), ""),
-        ("mit_preemptable", request(8), "4 GPUs user"),
+        ("mit_preemptable", request(8), "4 GPUs a user"),
         ("mit_preemptable", request(2, nodes=3), "2 such nodes"),
         ("mit_preemptable", request(2, nodes=2), ""),
         ("mit_normal_gpu", request(1, minutes=361), "time limit 6 h"),
@@ -90,6 +90,7 @@ def test_a_limit_by_type(cluster):
     assert gpu_cap(cluster, cluster.partitions["mit_preemptable"], request(2))[0] == 1
     assert refusals(cluster, request(2), "mit_preemptable")[0].remedy == "--gpus=1"
     assert refusals(cluster, request(2, "h100"), "mit_preemptable") == []
+    assert refusals(cluster, request(2), "mit_preemptable")[0].short == "1 h200 GPU a user"
 
 
 def test_an_8_gpu_speedrun_cannot_start_on_the_free_tier(cluster):
@@ -132,6 +133,7 @@ def test_waves_and_gpu_hours():
     option = Option("p", request(1, minutes=360), at_once=4)
     assert (option.waves(12), option.waves(3), option.gpu_hours(12)) == (3, 1, 72.0)
     assert Option("p", request(1)).waves(100) == 1
+    assert Option("p", request(1), at_once=9, room=2).waves(100) == 50
     line = launch_line("gpt2", option, 12)
     assert line == (
         "engaging launch gpt2 --gpus 1 --gpu-type h200 --time 06:00:00 --partition p --seeds 12 --throttle 4"

@@ -196,7 +196,7 @@ def scratch(root: Path) -> list[Finding]:
         return [Finding("scratch", "skip", "no scratch folder here ($SCRATCH, ~/orcd/scratch)")]
     newest = max((entry.stat().st_mtime for entry in os.scandir(folder)), default=folder.stat().st_mtime)
     days = (time.time() - newest) / 86400
-    text = f"{folder}: last change {counted(round(days), 'day')} ago"
+    text = f"{folder}: last change {counted(int(days), 'day') + ' ago' if days >= 1 else 'today'}"
     if days > OLD_DAYS:
         return [Finding("scratch", "warn", text, "copy what you need: scratch is purged when it is not used")]
     return [Finding("scratch", "ok", text)]

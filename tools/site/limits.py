@@ -102,6 +102,16 @@ def gpus_in(node: Node, kind: str | None) -> int:
     return node.gpus.get(kind, 0) if kind else max(node.gpus.values(), default=0)
 
 
+def room(cluster: Cluster, partition: str, request: Request) -> int:
+    """Jobs that the partition's usable nodes hold side by side when nobody else is there; at least 1."""
+    held = 0
+    for node in cluster.nodes_of(partition):
+        fits = [node.cpus // max(1, request.cpus)]
+        fits += [gpus_in(node, request.gpu_type) // request.gpus] if request.gpus else []
+        held += min(fits) if node.usable else 0
+    return max(1, held // request.nodes)
+
+
 def check_gpu_type(cluster: Cluster, kind: str | None) -> None:
     """UserError when no node of the cluster has this type."""
     known = cluster.gpu_types()
@@ -214,7 +224,7 @@ def _qos_refuses(cluster: Cluster, qos: Qos, partition: Partition, request: Requ
 
             found.append(
                 Refusal(
-                    f"{much(limit)} {whose.removeprefix('a ')}",
+                    f"{much(limit)} {whose.replace('its whole', 'a')}",
                     f"{much(value)} in {partition.name}: its limit {qos.name!r} allows {much(limit)} "
                     f"for {whose}, so the job would wait for ever",
                     f"--gpus={limit // request.nodes}" if gpus and limit >= request.nodes else "",

@@ -17,13 +17,13 @@ from datetime import datetime
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, add_request, clock, counted, spoken, whole, words
+from tools.args import Parser, add_request, clock, counted, folded, spoken, whole, words
 from tools.launch.presets import Target, resolve
 from tools.place import checkout
 from tools.site import grace, slurm
 from tools.site.cluster import Cluster, ask_cluster, gpu_rank
 from tools.site.estimate import past, too_short
-from tools.site.limits import Refusal, Request, check_account, check_gpu_type, gpu_cap, refusals
+from tools.site.limits import Refusal, Request, check_account, check_gpu_type, gpu_cap, refusals, room
 from tools.site.profile import Site, current_site, default_cpus, default_memory
 from tools.site.settings import fill
 
@@ -47,6 +47,7 @@ class Option:
     start: datetime | None = None
     free: int = 0  # GPUs of this type that nobody holds now
     at_once: int | None = None  # runs side by side under the user's own limit; None: no known limit
+    room: int | None = None  # the same on the nodes that there are, if nobody else used them; None: not known
     preemptable: bool = False
     spares_gpus: bool = True  # False: a job without GPUs would sit on GPU nodes
 
@@ -55,9 +56,13 @@ class Option:
         """Whether nothing known refuses it."""
         return not self.refusals
 
+    def together(self, seeds: int) -> int:
+        """How many of `seeds` runs can run side by side."""
+        return max(1, min(seeds, self.at_once or seeds, self.room or seeds))
+
     def waves(self, seeds: int) -> int:
         """Rounds for `seeds` runs."""
-        return -(-seeds // max(1, min(seeds, self.at_once or seeds)))
+        return -(-seeds // self.together(seeds))
 
     def gpu_hours(self, seeds: int) -> float:
         """GPU-hours if every run takes all of its time limit."""
@@ -97,6 +102,7 @@ def options(
             cap, _ = gpu_cap(cluster, partition, asked)
             if cap is not None and asked.all_gpus:
                 option.at_once = max(1, cap // asked.all_gpus)
+            option.room = room(cluster, name, asked)
             found.append(option)
     return found
 
@@ -223,25 +229,25 @@ def _show(
         rows.append((option.partition, gpu, str(option.free), _answer(option, args.seeds)))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip())
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip()
+        print(folded(line, sum(widths) + 6))
     for note in [*cluster.notes, past(checkout(), args.preset)]:
-        print(f"note: {note}")
+        print(folded(f"note: {note}"))
     if request and (warning := too_short(checkout(), args.preset, request.minutes)):
         print(f"warning: {warning}")
     print()
     if chosen:
-        print(
-            f"Recommended: {_gpus(chosen.request.all_gpus, chosen.request.gpu_type)} in {chosen.partition}"
-            f"{_waves(chosen, args.seeds)}."
-        )
+        gpus = _gpus(chosen.request.all_gpus, chosen.request.gpu_type)
+        print(folded(f"Recommended: {gpus} in {chosen.partition}{_waves(chosen, args.seeds)}."))
         if chosen.preemptable:
-            print(
+            text = (
                 "Jobs there are stopped when the owners need the nodes; the run saves, requeues and goes on."
             )
-            print(_grace(cluster, chosen))
+            print(folded(text))
+            print(folded(_grace(cluster, chosen)))
         print(f"  {launch_line(args.preset, chosen, args.seeds)}")
         return
-    print(f"This cannot start here: {_first_reason(found)}")
+    print(folded(f"This cannot start here: {_first_reason(found)}"))
     if instead:
         gpus, limit = (
             _gpus(instead.request.all_gpus, instead.request.gpu_type),
@@ -278,9 +284,13 @@ def _waves(option: Option, seeds: int) -> str:
     if seeds == 1:
         return ""
     count = option.waves(seeds)
-    side = min(seeds, option.at_once or seeds)
+    side = option.together(seeds)
     whose = (
-        f" (your limit: {option.at_once} side by side)" if option.at_once and option.at_once < seeds else ""
+        ""
+        if side == seeds
+        else " (your limit)"
+        if side == option.at_once
+        else " (that is all the nodes hold)"
     )
     limit = words(count * option.request.minutes)
     return f", {seeds} runs, {side} at once{whose}, {counted(count, 'wave')}, {limit} after the start at most"

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, clock, counted, parse_minutes, words
+from tools.args import Parser, clock, counted, folded, parse_minutes, words
 from tools.site import slurm
 from tools.site.cluster import Cluster, ask_cluster
 from tools.site.limits import Request, effective_qos, gpu_cap, largest_node, refusals
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
     cluster = ask_cluster()
     pending = [row for row in rows if row.get("JobState") == "PENDING"]
     for line in explain((pending or rows)[0], cluster).lines():
-        print(line)
+        print(line if line.startswith("  -> ") else folded(line, 4))
     if pending:
         _start_estimate(job)
     return 0

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt.common.errors import UserError
+from tools.launch import presets
 from tools.launch.presets import NAMED
 from tools.site import plan, slurm
 from tools.site.cluster import Cluster, read_jobs, read_nodes, read_partitions, read_qos
@@ -15,6 +16,7 @@ from tools.site.reasons import ENDS, REASONS
 from tools.site.slurm import Association, Qos
 from tools.site.why import explain
 
+ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).parent / "recorded"
 SITE = Site("test")
 
@@ -127,6 +129,15 @@ def test_plan_on_clusters_of_other_makes(monkeypatch, partitions, nodes, gpus, r
     assert (chosen.partition if chosen else None) == recommended
     less = None if chosen else plan.smaller(other, SITE, asked, NAMED["gpt2"])
     assert ((less.partition, less.request.gpus) if less else None) == instead
+
+
+def test_what_is_small_leaves_the_fast_gpus_to_others(cluster):
+    asked = Request(1, None, 60, 1, 0)
+    types = [
+        best(options(cluster, SITE, asked, NAMED[name])).request.gpu_type for name in ("nanogpt", "gpt2")
+    ]
+    assert types == ["l40s", "h200"]
+    assert best(options(cluster, SITE, asked, presets.resolve(ROOT, "quickstart"))).request.gpu_type == "l40s"
 
 
 def test_waves_and_gpu_hours():

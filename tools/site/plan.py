@@ -48,6 +48,7 @@ class Option:
     free: int = 0  # GPUs of this type that nobody holds now
     at_once: int | None = None  # runs side by side under the user's own limit; None: no known limit
     room: int | None = None  # the same on the nodes that there are, if nobody else used them; None: not known
+    small: bool = False  # what is to run there needs no fast GPU
     preemptable: bool = False
     spares_gpus: bool = True  # False: a job without GPUs would sit on GPU nodes
 
@@ -102,6 +103,7 @@ def options(
             cap, _ = gpu_cap(cluster, partition, asked)
             if cap is not None and asked.all_gpus:
                 option.at_once = max(1, cap // asked.all_gpus)
+            option.small = target is not None and target.small
             option.room = room(cluster, name, asked)
             found.append(option)
     return found
@@ -128,7 +130,8 @@ def ask_starts(found: list[Option]) -> None:
 
 
 def best(found: list[Option], seeds: int = 1) -> Option | None:
-    """The option whose last run would end first; then the one that is not preempted; then the faster GPU."""
+    """The option whose last run would end first; then the one that is not preempted; then the faster
+    GPU, or for what is small the more modest one, which others do not wait for."""
     taken = [option for option in found if option.ok]
     now = datetime.now()
 
@@ -139,7 +142,7 @@ def best(found: list[Option], seeds: int = 1) -> Option | None:
             not option.spares_gpus,
             end,
             option.preemptable,
-            gpu_rank(option.request.gpu_type or ""),
+            gpu_rank(option.request.gpu_type or "") * (-1 if option.small else 1),
             option.partition,
         )
 

@@ -111,6 +111,8 @@ parse_options() {
 locate() {
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
     [ -n "${HOME:-}" ] || die "HOME: not set; set it, or name the environment's place in ENV_PATH"
+    # shellcheck disable=SC2034  # for settings.sh
+    _engaging_sites=$root/slurm/sites
     # shellcheck source=slurm/lib/settings.sh
     . "$root/slurm/lib/settings.sh"
     env_path=${ENV_PATH:-$(engaging_setting env_path)}

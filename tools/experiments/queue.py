@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt.common.storage import atomic_write_json
+from tools.args import counted
 from tools.experiments import records
 from tools.experiments.execute import Pair
-from tools.experiments.flags import counted
 from tools.experiments.records import CODE, SHELF, Experiment
 from tools.launch import book, environment, snapshot
 from tools.launch.book import Launch

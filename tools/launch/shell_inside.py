@@ -35,10 +35,10 @@ def main(argv: list[str]) -> int:
             end = time.monotonic() + seconds_left()  # asked again: the time may have been extended
             if time.monotonic() > end - warn_s:
                 left = max(1, round((end - time.monotonic()) / 60))
-                say(f"this job ends in {left} minutes: save your work")
+                say(f"this job ends in {left} min: save your work")
                 warned = True
         if idle_for(shell.pid) > idle_s:
-            say(f"idle for {idle_s / 60:.0f} minutes: the GPUs go back to the others")
+            say(f"idle for {idle_s / 60:.0f} min: the GPUs go back to the others")
             shell.send_signal(signal.SIGHUP)
             shell.wait()
             return 0

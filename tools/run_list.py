@@ -39,13 +39,14 @@ def main(argv: list[str]) -> int:
         print(f"no run in {where} yet; engaging launch nanogpt --name first")
         return 0
     listed = folders[: args.n]
-    width = max(len(printable(folder.name)) for folder in listed)
+    several = len(args.where) > 1
+    width = max(len(_title(folder, several)) for folder in listed)
     known: dict[Path, Run] = {}  # each is read once, though the next one is held beside it
     for place, folder in enumerate(listed):
         run = known.pop(folder, None) or read_run(folder)
         other = fixed or _one_before(run, folders[place + 1 :], known)
-        print(f"{printable(folder.name):{width}}  {_state(run)}")
-        print(f"{'':{width}}  {_changed(run, other)}")
+        print(f"{_title(folder, several):{width}}  {_state(run)}")
+        print(f"{'':{width}}  {_changed(run, other, several)}")
         if note := note_of(folder):
             print(f"{'':{width}}  note: {note}")
     if len(folders) > len(listed):
@@ -90,7 +91,13 @@ def _state(run: Run) -> str:
     return printable(", ".join(parts))
 
 
-def _changed(run: Run, other: Run | None) -> str:
+def _title(folder: Path, several: bool) -> str:
+    """A run's name; where several folders are listed, with its folder's."""
+    name = folder.absolute().name
+    return printable(f"{folder.absolute().parent.name}/{name}" if several else name)
+
+
+def _changed(run: Run, other: Run | None, several: bool) -> str:
     """What differs from the other run, in a line."""
     from tools.analysis import changes
 
@@ -104,7 +111,7 @@ def _changed(run: Run, other: Run | None) -> str:
     sources = [changes.texts_in(one.path / "source") for one in (other, run)]
     found = changes.between(*(changes.settings(side) for side in sides), *sources)
     said = "; ".join(changes.brief(found, MOST_CHANGES)) or "nothing but the seed, if that"
-    return f"changed since {printable(other.name)}: {said}"
+    return f"changed since {_title(other.path, several)}: {said}"
 
 
 def _write_note(where: list[Path], note: str) -> int:

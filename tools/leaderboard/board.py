@@ -204,10 +204,10 @@ def shared(folder: Path) -> bool:
 
 
 def share(path: Path, folder: Path) -> None:
-    """Let the group read a file, or write to a folder, of the board in `folder` when that is a group's."""
+    """Let all read a file, and the group add to a folder, of the board in `folder` when that is a group's."""
     if shared(folder):
         with contextlib.suppress(OSError):  # somebody else's: its owner has done it
-            path.chmod(0o3775 if path.is_dir() else 0o664)
+            path.chmod(0o3775 if path.is_dir() else 0o644)
 
 
 def make_shared(path: Path, folder: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from nanogpt.common.errors import UserError
 from tests.faults import __main__ as command
-from tests.faults import campaign, damage, outcomes
+from tests.faults import campaign, damage, inputs, outcomes
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,10 @@ def test_damaged_files(bench, case, count):
     tally = case(bench, random.Random(14), count)
     check(tally, count)
     assert tally.clean >= count // 7
+
+
+def test_generated_bad_input(bench):
+    check(inputs.generated(bench, random.Random(17), 200), 200)
 
 
 def test_every_bit_of_the_small_files(bench):

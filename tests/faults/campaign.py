@@ -131,7 +131,7 @@ def random_kills(rig: Rig, rng: random.Random, kills: int) -> Tally:
         if problem:
             tally.failures.append(f"{out.name}: {problem}")
         else:
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
             for beginning in rig.folder.glob(f"{out.name}.*"):
                 shutil.rmtree(beginning)
     return tally
@@ -176,7 +176,7 @@ def kills_at_calls(rig: Rig, rng: random.Random, most: int) -> Tally:
         tally.where[place_of(out)] += 1
         problem = finish(rig, out, 8) if status == -signal.SIGKILL else f"ended with {status}, not killed"
         tally.failures += [f"call {number}: {problem}"] if problem else []
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
     return tally
 
 
@@ -199,5 +199,5 @@ def refusals(rig: Rig, rng: random.Random, cases: int) -> Tally:
             tally.failures.append(f"case {number}, call {at}: status {done.status}: {done.stderr}")
         problem = finish(rig, out, 8)
         tally.failures += [f"case {number}, call {at}, {errno.errorcode[code]}: {problem}"] if problem else []
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
     return tally

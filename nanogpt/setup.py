@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.batches import ValBatches
-from nanogpt.common import checkpoints, compiler
+from nanogpt.common import checkpoints, compiler, hang
 from nanogpt.common.errors import NonFiniteError, UserError
 from nanogpt.common.hardware import memory_gib, utilisation_words
 from nanogpt.common.ranks import Ranks
@@ -212,6 +212,7 @@ def evaluate(model: nn.Module, batches: ValBatches, ranks: Ranks) -> float:
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for inputs, targets, count in batches:
+        hang.beat()
         total[0] += model(inputs, targets).double() * count
         total[1] += count
     ranks.sum(total)

@@ -145,14 +145,17 @@ def default_out_dir(values: dict[str, object]) -> str:
 def go_on(folder: Path) -> int:
     """Train the run that `open_run` has opened in `folder`; the exit status."""
     compiler.use_local_folders(OPERATORS)  # before torch is imported
+    from nanogpt.common import hang
     from nanogpt.common import ranks as ranks_module
 
     run = rundir.RunDir(folder, writes=os.environ.get("RANK", "0") == "0")
     config = Config(**run.config["config"])
     ranks = ranks_module.start(config.device, config.backend, config.num_threads)
+    watch = hang.Watch(run.folder, ranks)
     try:
         status = train(run, config, resolve(config, ranks.world_size), ranks)
     finally:
+        watch.close()
         run.close()
     ranks_module.leave(status)
     return status
@@ -172,7 +175,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
 
     from nanogpt import setup
     from nanogpt.batches import TrainBatches, ValBatches
-    from nanogpt.common import hardware, tracking, training
+    from nanogpt.common import hang, hardware, tracking, training
     from nanogpt.common.stop import StopRequest
     from nanogpt.optim import set_learning_rate
     from nanogpt.schedule import learning_rate
@@ -256,6 +259,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
         set_learning_rate(optimizer, lr := learning_rate(config, step))
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(plan.micro_steps):
+            hang.beat()
             inputs, targets = batches.get(step, micro_step)
             if config.dropout:  # masks depend on the micro-batch alone, so no random state outlives a step
                 torch.manual_seed(setup.dropout_seed(config.seed, batches.micro_batch(step, micro_step)))

@@ -145,7 +145,9 @@ def _terms(rows: Sequence[Row], board: Board) -> Iterator[dict[str, Any]]:
     days = [term.first for term in board.terms]
     by_term: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
-        by_term[bisect.bisect_right(days, row.record.submitted.astimezone(datetime.UTC).date())].append(row)
+        by_term[
+            bisect.bisect_right(days, row.record.submitted.astimezone(datetime.timezone.utc).date())
+        ].append(row)
     number = 1000
     for place in range(len(days), 0 if 0 not in by_term else -1, -1) if days else ():
         name = board.terms[place - 1].name if place else f"Before {board.terms[0].name}"

@@ -345,8 +345,10 @@ def test_a_job_that_came_without_its_users_variables_says_so():
     assert "--export" not in common("check_environment", env={**job, "SLURM_EXPORT_ENV": "A,ALL"}).stderr
 
 
-def test_compile_caches_are_each_jobs_own_on_the_nodes_disk(tmp_path):
+def test_compile_caches_are_each_jobs_own_on_the_nodes_disk(tmp_path, monkeypatch):
     """Case H1. A stand-in for df says that home is on NFS; squeue, that jobs 6 and 7 are not over."""
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):  # torch sets the latter in processes that compile
+        monkeypatch.delenv(name, raising=False)
     disk, home = tmp_path / "disk", tmp_path / "home"
     for folder in (disk, home / "tmp"):
         folder.mkdir(parents=True)

@@ -69,6 +69,33 @@ def test_a_resume_is_exact(flags, trainer, undisturbed, tmp_path):
     assert tiny.events(folder)[-1]["attempt"] == len(stops) + 1
 
 
+def test_a_clock_that_was_set_back_changes_nothing(trainer, undisturbed, tmp_path):
+    """What is newest is told by its step, and durations by a clock that nobody sets."""
+    reference, folder = undisturbed(DROPOUT), tmp_path / "run"
+    assert trainer(DROPOUT, "--max_iters=12", "--save_interval=4").status == 0
+    for age, path in enumerate(sorted(folder.rglob("*"))):
+        os.utime(path, (2e9 - age, 2e9 - age))  # the year 2033, later steps before earlier ones
+    done = trainer(DROPOUT, "--auto_resume=true", "--max_iters=20", "--save_interval=4")
+    assert done.status == 0, done.stderr
+    assert "resumed from step_00000012" in done.stdout
+    assert tiny.losses(folder) == tiny.losses(reference)
+    assert tiny.final_weights(folder) == tiny.final_weights(reference)
+    assert all(event["ms"] >= 0 for event in tiny.events(folder, "train"))
+
+
+@pytest.mark.campaign
+def test_twenty_resumes_of_one_run(trainer, undisturbed, tmp_path):
+    """Each makes one step: the file `stop` is there all the time."""
+    reference, folder = undisturbed(DROPOUT), tmp_path / "run"
+    folder.mkdir()
+    (folder / "stop").touch()
+    statuses = [trainer(DROPOUT, "--auto_resume=true").status for _ in range(20)]
+    (folder / "stop").unlink()
+    assert statuses == [75] * 20 and trainer(DROPOUT, "--auto_resume=true").status == 0
+    assert tiny.losses(folder) == tiny.losses(reference)
+    assert tiny.final_weights(folder) == tiny.final_weights(reference)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_with_75(number, trainer, zygote, undisturbed, tmp_path):
     flags = ("--max_iters=400", "--lr_decay_iters=400", "--eval_interval=100", DROPOUT)

@@ -1,7 +1,7 @@
 # Every target sets up what it needs and works from any folder: make -C <clone> <target>. ARGS= passes flags on.
 SHELL := /bin/bash
 ifeq ($(ENV_PATH),)
-ENV_PATH := $(shell . slurm/lib/settings.sh && engaging_setting env_path)
+ENV_PATH := $(shell _engaging_sites=slurm/sites; . slurm/lib/settings.sh && engaging_setting env_path)
 endif
 ENV_PATH := $(or $(ENV_PATH),$(HOME)/conda_envs/nanogpt_env)
 export ENV_PATH

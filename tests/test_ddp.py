@@ -166,6 +166,25 @@ def test_a_loss_that_is_not_finite_is_said_once(ranks, tmp_path):
     assert stderr_of(children).count("error: ") == 1
 
 
+def test_the_rank_whose_numbers_are_not_finite_is_named(ranks, tmp_path):
+    """Its NaN is in the average that every rank has; what each had before says whose it was."""
+    children = ranks(2, module="tests.faults.one_bad_rank")
+    assert statuses(children) == [70, 70]
+    said = stderr_of(children)
+    assert (
+        "step 12: loss " in said and "gradient norm nan on rank 1 of 2: stopped before the update" in said
+    ), said
+    assert "the checkpoint of step 10 stays" in said
+    assert checkpoint_names.steps(tmp_path / "run/checkpoints") == [10]
+
+
+def test_ranks_in_words():
+    from nanogpt.setup import on_ranks
+
+    said = [on_ranks(bad) for bad in ([1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0])]
+    assert said == ["", "", " on all 2 ranks", " on rank 1 of 3", " on ranks 0, 2 of 3"]
+
+
 def test_a_damaged_shard_is_said_once_by_the_rank_that_read_it(ranks, tmp_path):
     """Large sets are checked by all ranks together, after the run directory was made."""
     folder = tiny.make_data(tmp_path / "data")

@@ -56,7 +56,7 @@ class Outcome:
         self.where = dict((Counter(self.where) + tally.where).most_common())
         self.failures += tally.failures
         self.seconds = round(self.seconds + seconds, 1)
-        self.date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+        self.date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
         self.machine = (
             f"{platform.system()}, Python {platform.python_version()}, torch {metadata.version('torch')}"
         )

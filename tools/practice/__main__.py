@@ -1,4 +1,4 @@
-"""`python -m tools.practice up|down|status [--dir=DIR]`: the practice cluster from a shell."""
+"""`engaging practice up|down|status [--dir=DIR]`: the practice cluster from a shell."""
 
 import argparse
 import os

@@ -215,6 +215,7 @@ REAL = [
     ("data/shakespeare/prepare.py", ["shakespeare"], "'shakespeare'"),
     ("data/python_source/prepare.py", ["--data_root=/proc/x"], "/proc/x"),
     ("data/openwebtext/prepare.py", ["--worker=3"], "did you mean '--num_workers'?"),
+    ("data/text/prepare.py", ["a b\udcff"], "FILE 'a b\\udcff': expected text"),
 ]  # fmt: skip
 
 

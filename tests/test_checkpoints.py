@@ -101,6 +101,15 @@ def test_the_newest_whole_one_is_chosen(number, tmp_path):
         assert kept == sorted(f"{checkpoint_names.name_of(step)}.0" for step in bad)
 
 
+@pytest.mark.parametrize("kind", ["dangling", "loop"])
+def test_a_link_to_nothing_in_the_place_of_a_checkpoint_is_passed_over(kind, tmp_path):
+    save(tmp_path, 20)
+    link = tmp_path / checkpoint_names.name_of(30)
+    link.symlink_to(link if kind == "loop" else tmp_path / "nowhere")
+    said = []
+    assert checkpoints.load_latest(tmp_path, said.append).step == 20 and said == []
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_another_checkpoint(name, tmp_path):
     """Sound by itself, but not in this checkpoint."""

@@ -11,6 +11,7 @@ import pytest
 
 from nanogpt.common import checkpoint_names
 from tests.faults import tiny
+from tests.resume_kit import refused, snapshot
 
 DROPOUT, ACCUMULATION = "--dropout=0.2", "--tokens_per_step=256"  # 4 micro-steps
 
@@ -67,6 +68,33 @@ def test_a_resume_is_exact(flags, trainer, undisturbed, tmp_path):
     vals, expected = tiny.val_losses(folder), tiny.val_losses(reference)
     assert {step: vals[step] for step in expected} == expected
     assert tiny.events(folder)[-1]["attempt"] == len(stops) + 1
+
+
+def test_a_clock_that_was_set_back_changes_nothing(trainer, undisturbed, tmp_path):
+    """What is newest is told by its step, and durations by a clock that nobody sets."""
+    reference, folder = undisturbed(DROPOUT), tmp_path / "run"
+    assert trainer(DROPOUT, "--max_iters=12", "--save_interval=4").status == 0
+    for age, path in enumerate(sorted(folder.rglob("*"))):
+        os.utime(path, (2e9 - age, 2e9 - age))  # the year 2033, later steps before earlier ones
+    done = trainer(DROPOUT, "--auto_resume=true", "--max_iters=20", "--save_interval=4")
+    assert done.status == 0, done.stderr
+    assert "resumed from step_00000012" in done.stdout
+    assert tiny.losses(folder) == tiny.losses(reference)
+    assert tiny.final_weights(folder) == tiny.final_weights(reference)
+    assert all(event["ms"] >= 0 for event in tiny.events(folder, "train"))
+
+
+@pytest.mark.campaign
+def test_twenty_resumes_of_one_run(trainer, undisturbed, tmp_path):
+    """Each makes one step: the file `stop` is there all the time."""
+    reference, folder = undisturbed(DROPOUT), tmp_path / "run"
+    folder.mkdir()
+    (folder / "stop").touch()
+    statuses = [trainer(DROPOUT, "--auto_resume=true").status for _ in range(20)]
+    (folder / "stop").unlink()
+    assert statuses == [75] * 20 and trainer(DROPOUT, "--auto_resume=true").status == 0
+    assert tiny.losses(folder) == tiny.losses(reference)
+    assert tiny.final_weights(folder) == tiny.final_weights(reference)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -159,70 +187,6 @@ def test_save_minutes(trainer, tmp_path):
     assert checkpoint_names.steps(tmp_path / "run" / "checkpoints") == [1, 2, 3, 4, 5]
 
 
-REFUSED = {
-    "learning rate": (["--learning_rate=0.02"], "--learning_rate=0.02"),
-    "seed": (["--seed=5"], "--seed=5"),
-    "width": (["--n_embd=32"], "--n_embd=32"),
-    "tokens per step": (["--tokens_per_step=128"], "--tokens_per_step=128"),
-    "batch that does not divide": (["--batch_size=3"], "--batch_size"),
-    "published weights": (["--init_from=gpt2"], "--init_from=gpt2"),
-}
-
-
-def refused(done, *words: str) -> None:
-    """One line, status 2, with these words."""
-    assert done.status == 2, (done.status, done.stderr)
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert word in done.stderr
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_change_that_is_not_exact_is_refused(name, trainer, tmp_path):
-    assert trainer("--max_iters=2").status == 0
-    before = snapshot(tmp_path / "run")
-    flags, word = REFUSED[name]
-    refused(trainer("--auto_resume=true", *flags), word)
-    assert snapshot(tmp_path / "run") == before
-    assert trainer("--auto_resume=true", "--max_iters=3").status == 0
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def test_an_accepted_change_is_noted_and_remembered(trainer, tmp_path):
-    assert trainer("--max_iters=2").status == 0
-    accepted = trainer(
-        "--auto_resume=true", "--learning_rate=0.02", "--max_iters=4", "--accept_changed=config"
-    )
-    assert accepted.status == 0, accepted.stderr
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["config"]["learning_rate"] == config["asked"]["learning_rate"] == 0.02
-    assert trainer("--auto_resume=true", "--learning_rate=0.02", "--max_iters=6").status == 0
-
-
-def test_other_data_are_refused(zygote, tmp_path):
-    tiny.make_data(tmp_path / "a")
-    tiny.make_data(tmp_path / "b", seed=2)
-    flags = [*tiny.FLAGS, f"--out_dir={tmp_path}/run", "--max_iters=2", "--auto_resume=true"]
-    assert zygote.run([*flags, f"--data_root={tmp_path}/a"]).status == 0
-    longer = [*flags, "--max_iters=4"]
-    done = zygote.run([*longer, f"--data_root={tmp_path}/b"])
-    refused(done, "data set", "--accept_changed=data")
-    shutil.copytree(tmp_path / "a", tmp_path / "c")  # equal data elsewhere are the same data
-    assert zygote.run([*longer, f"--data_root={tmp_path}/c"]).status == 0
-    accepted = zygote.run([*flags, "--max_iters=6", f"--data_root={tmp_path}/b", "--accept_changed=data"])
-    assert accepted.status == 0
-    assert "accepted" in accepted.stderr
-
-
 def test_the_same_command_goes_on_and_then_says_that_it_is_finished(trainer, undisturbed, tmp_path):
     reference, folder = undisturbed(), tmp_path / "run"
     folder.mkdir()
@@ -251,72 +215,6 @@ def test_every_rank_knows_that_a_run_is_finished(rank, trainer, tmp_path, monkey
     assert trainer("--max_iters=2").status == 0
     done = trainer("--max_iters=2", env={"RANK": rank, "WORLD_SIZE": "2"})
     assert done.status == 0 and done.stderr == "" and (done.stdout == "") == (rank == "1")
-
-
-def older_source(folder: Path) -> None:
-    """As if the run in `folder` had been started before the repository's model.py was edited."""
-    from nanogpt.common import source
-
-    model, record = folder / "source/nanogpt/model.py", folder / "config.json"
-    model.write_text("# as it was\n" + model.read_text())
-    digest = source.digest(source.collect(folder / "source", (".",)))
-    record.write_text(json.dumps({**json.loads(record.read_text()), "source_sha256": digest}))
-
-
-def test_a_resume_by_hand_from_edited_source_is_refused_unless_it_is_wanted(trainer, tmp_path):
-    assert trainer("--max_iters=2").status == 0
-    folder = tmp_path / "run"
-    older_source(folder)
-    before = snapshot(folder)
-    refused(
-        trainer("--init_from=resume"),
-        "nanogpt/model.py changed since",
-        "--new_source=true",
-        "--auto_resume=true",
-    )
-    assert snapshot(folder) == before
-    unwatched = trainer("--auto_resume=true", "--max_iters=3")
-    assert (
-        unwatched.status == 0
-        and "nanogpt/model.py changed since; this run goes on with its own copy" in unwatched.stderr
-    )
-    in_a_job = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_RESTART_COUNT": "1",
-    }  # requeued with the words of the first attempt
-    requeued = trainer("--auto_resume=true", "--new_source", "--max_iters=4", env=in_a_job)
-    assert requeued.status == 0 and "its own copy" in requeued.stderr
-    wanted = trainer("--init_from=resume", "--new_source", "--max_iters=5")
-    assert wanted.status == 0, wanted.stderr
-    log = (folder / "log.txt").read_text()
-    assert "\nnew source from attempt 4 on sha256 " in log and "\n-# as it was\n" in log
-    assert not (folder / "source/nanogpt/model.py").read_text().startswith("# as it was")
-    assert trainer("--init_from=resume").status == 0  # nothing has changed since
-    assert sorted(tiny.losses(folder)) == list(range(20))
-
-
-def test_an_edited_copy_and_another_torch_are_refused(trainer, tmp_path):
-    assert trainer("--max_iters=2").status == 0
-    folder = tmp_path / "run"
-    model = folder / "source/nanogpt/model.py"
-    text = model.read_text()
-    model.write_text(text + "\n")
-    refused(trainer("--auto_resume=true"), "source copy was edited", "--new_source=true")
-    model.write_text(text)
-    path = folder / "environment.json"
-    environment = path.read_text()
-    path.write_text(environment.replace('"torch": "', '"torch": "1.'))
-    refused(trainer("--auto_resume=true"), "torch was 1.", "--accept_changed=torch")
-    path.write_text(environment)
-    assert trainer("--auto_resume=true", "--max_iters=3").status == 0
-
-
-def test_a_momentary_flag_is_not_inherited(trainer, tmp_path):
-    assert trainer("--max_iters=2").status == 0
-    evaluated = trainer("--init_from=resume", "--eval_only=true")
-    assert evaluated.status == 0
-    assert trainer("--init_from=resume").status == 0  # trains on: --max_iters=20 is on the command line
-    assert sorted(tiny.losses(tmp_path / "run")) == list(range(20))
 
 
 def test_resume_without_a_sound_checkpoint(trainer, tmp_path):

@@ -125,7 +125,7 @@ def parse_values(
     for name, field in fields.items():
         text = getattr(known, name)
         if "words" in field.metadata:
-            values[name] = tuple(_as_str(word) for word in text)
+            values[name] = tuple(_word(word, field.metadata["words"]) for word in text)
             continue
         if text == []:
             text = "--"  # which argparse takes out of --name=--
@@ -283,6 +283,13 @@ def _as_str(value: object) -> str:
         raise ValueError
     value.encode()  # UnicodeEncodeError, a ValueError, for bytes that are not UTF-8: no log could hold them
     return value
+
+
+def _word(word: str, what: str) -> str:
+    try:
+        return _as_str(word)
+    except ValueError:
+        raise UserError(f"{what} {_shown(word)}: expected text") from None
 
 
 _CONVERTERS = {bool: _as_bool, int: _as_int, float: _as_float, str: _as_str}

@@ -126,7 +126,7 @@ def test_a_full_disk_does_not_matter(watch, monkeypatch):
     ("lock", "code in it keeps Python's lock; the others wait"),
 ])  # fmt: skip
 def test_a_rank_that_stops_is_named_with_its_stack(kind, said, zygote, tiny_data, tmp_path):
-    variables = {"STUCK": kind, "STUCK_RANK": "1", "HANG_LIMIT": "0.8"}
+    variables = {"STUCK": f"{kind} step 1", "HANG_LIMIT": "0.8"}
     children = launch(zygote, tiny_data, tmp_path, 2, module="tests.faults.stuck", **variables)
     try:
         end = time.monotonic() + 120
@@ -136,12 +136,12 @@ def test_a_rank_that_stops_is_named_with_its_stack(kind, said, zygote, tiny_data
             time.sleep(0.05)
         assert named()[0].startswith("hang: rank 1 of 2")
         while children[0].stderr.count("in train\n") < 2 or (
-            kind == "lock" and "in forever" not in children[1].stderr
+            kind == "lock" and "in break_off" not in children[1].stderr
         ):
             assert time.monotonic() < end, [child.stderr for child in children]
             time.sleep(0.05)
         stacks = children[0].stderr
-        assert "all_reduce" in stacks and (kind != "sleep" or "in forever" in stacks)
+        assert "all_reduce" in stacks and (kind != "sleep" or "in break_off" in stacks)
     finally:
         for child in children:
             os.kill(child.pid, signal.SIGKILL)
@@ -149,7 +149,7 @@ def test_a_rank_that_stops_is_named_with_its_stack(kind, said, zygote, tiny_data
 
 
 def test_a_finished_run_leaves_no_notes(zygote, tiny_data, tmp_path):
-    children = launch(zygote, tiny_data, tmp_path, 2, module="tests.faults.stuck", STUCK="no")
+    children = launch(zygote, tiny_data, tmp_path, 2, module="tests.faults.stuck", STUCK="no step 0")
     assert [child.wait(60) for child in children] == [0, 0]
     assert "hang" not in "".join(child.stderr for child in children)
     assert not (tmp_path / "run" / hang.FOLDER).exists() and tiny.losses(tmp_path / "run")

@@ -18,7 +18,7 @@ from pathlib import Path
 from nanogpt.common.errors import UserError, run_command
 from nanogpt.common.flags import knob, nearest, parse
 from nanogpt.common.storage import atomic_write_text
-from tests.faults import damage, hangs, inputs
+from tests.faults import broken_ranks, canaries, damage, hangs, inputs
 from tests.faults.campaign import Rig, kills_at_calls, random_kills, refusals, rig
 from tests.faults.outcomes import Outcome, Tally, go_on, read
 
@@ -66,6 +66,8 @@ SECTIONS = {
     "archives": Section(damage.archives, 600, 300),
     "records": Section(damage.records, 1200, 300),
     "inputs": Section(inputs.generated, 10_000, 500),
+    "secrets": Section(canaries.canaries, ALL, ALL),
+    "ranks": Section(broken_ranks.broken_ranks, ALL, ALL),
     "hangs": Section(hangs.hangs, 100, 4),
     "slurm": Section(slurm, 300, 60, no_slurm),
 }

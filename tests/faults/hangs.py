@@ -29,7 +29,7 @@ def hangs(rig: Rig, rng: random.Random, count: int) -> Tally:
     with contextlib.ExitStack() as stack:
         for number in range(count):
             kind, rank = list(KINDS)[number % len(KINDS)], rng.randrange(2)
-            variables = {"STUCK": kind, "STUCK_RANK": str(rank)}
+            variables = {"STUCK": f"{kind} step {rank}"}
             children = launch(
                 rig.zygote, rig.folder / "data", folder, 2, out=f"run{number}", module="tests.faults.stuck", **variables
             )  # fmt: skip
@@ -37,7 +37,7 @@ def hangs(rig: Rig, rng: random.Random, count: int) -> Tally:
             launches.append((kind, rank, children))
         clean = launch(rig.zygote, rig.folder / "data", folder, 2, "--max_iters=1000000", "--lr_decay_iters=1000000",
                        "--eval_interval=100000", "--log_interval=1000", out="clean", module="tests.faults.stuck",
-                       STUCK="no")  # fmt: skip
+                       STUCK="no step 0")  # fmt: skip
         stack.callback(end, clean)
         for kind, rank, children in launches:
             found, seconds = watched(children[1 - rank], children[rank], rank)

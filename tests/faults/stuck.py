@@ -1,7 +1,8 @@
-"""nanogpt.train whose rank STUCK_RANK stops at its fifth batch: what a forked child runs (`module=` of zygote.py).
+"""nanogpt.train of which one rank stops or dies: what a forked child runs (`module=` of zygote.py).
 
-STUCK says how: `sleep` (outside of every collective), `lock` (C code that keeps Python's lock), `stop` (SIGSTOP), or
-`no`. HANG_LIMIT is `hang.LIMIT_S`, 60 s unless it is there.
+STUCK is `KIND PLACE RANK`. KIND: `sleep` (outside of every collective), `lock` (C code that keeps Python's lock),
+`stop` (SIGSTOP), `mismatch` (a collective that no other rank makes), `kill`, `segfault`, `raise`, `exit` (status 0),
+or `no`. PLACE: `init`, `step`, `save`, `eval`, `end`; rank 0 alone saves. HANG_LIMIT is `hang.LIMIT_S`, else 60 s.
 """
 
 import ctypes
@@ -9,39 +10,62 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
 
 import nanogpt.batches
-from nanogpt.common import hang
+import nanogpt.setup
+from nanogpt.common import hang, ranks, tracking
 from tests.faults.zygote import command_of
 
 
-def forever() -> None:
-    """Where a rank is that hangs."""
-    kind = os.environ["STUCK"]
+def break_off(kind: str) -> None:
+    """What a rank does that hangs or dies."""
     print(f"stuck: {time.time()}", file=sys.stderr, flush=True)
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "lock":
         ctypes.PyDLL(None).sleep(600)
-    else:
+    elif kind == "sleep":
         time.sleep(600)
+    elif kind == "mismatch":
+        dist.broadcast(torch.zeros(3), int(os.environ["RANK"]))
+        dist.barrier()
+    elif kind == "raise":
+        raise ZeroDivisionError("on one rank")
+    elif kind == "exit":
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGSEGV if kind == "segfault" else signal.SIGKILL)
 
 
 def main(argv: list[str]) -> int:
-    """Train; get stuck."""
+    """Train; break off."""
     if "HANG_LIMIT" in os.environ:
         hang.LIMIT_S = float(os.environ["HANG_LIMIT"])
         hang.TICK_S, hang.LATE = hang.LIMIT_S / 8, 1
-    whole = nanogpt.batches.TrainBatches.get
+    kind, place, rank = os.environ["STUCK"].split()
+    mine = kind != "no" and os.environ.get("RANK", "0") == rank
+    counted: list[int] = []
 
-    def get(self, step: int, micro_step: int):
-        if (
-            os.environ["STUCK"] != "no"
-            and step == 5
-            and os.environ.get("RANK", "0") == os.environ["STUCK_RANK"]
-        ):
-            forever()
-        return whole(self, step, micro_step)
+    def before(owner: object, name: str, time_to: Callable[..., bool]) -> None:
+        whole = getattr(owner, name)
 
-    nanogpt.batches.TrainBatches.get = get
+        def broken(*args: object, **options: object) -> object:
+            counted.append(1)
+            if mine and time_to(*args):
+                break_off(kind)
+            return whole(*args, **options)
+
+        setattr(owner, name, broken)
+
+    where = {
+        "init": (ranks, "start", lambda *_: True),
+        "step": (nanogpt.batches.TrainBatches, "get", lambda _, step, __: step == 5),
+        "save": (nanogpt.setup, "save", lambda *_: len(counted) == 2),
+        "eval": (nanogpt.setup, "evaluate", lambda *_: len(counted) == 2),
+        "end": (tracking, "finish", lambda *_: True),
+    }
+    before(*where[place])
     return command_of("nanogpt.train")(argv)

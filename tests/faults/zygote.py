@@ -49,12 +49,16 @@ class Child:
     @property
     def stdout(self) -> str:
         """What it has printed so far."""
-        return self.output.with_suffix(".out").read_text(errors="replace")
+        return self._read(".out")
 
     @property
     def stderr(self) -> str:
         """What it has complained of so far."""
-        return self.output.with_suffix(".err").read_text(errors="replace")
+        return self._read(".err")
+
+    def _read(self, suffix: str) -> str:
+        path = self.output.with_suffix(suffix)
+        return path.read_text(errors="replace") if path.exists() else ""  # right after its fork there is none
 
 
 class Zygote:

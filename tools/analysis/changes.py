@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.analysis import strict
-from tools.analysis.load import INCIDENTAL
 from tools.analysis.records import Group
+from tools.analysis.run_directories import INCIDENTAL
 from tools.runs import printable
 
 DESCRIPTIVE = {

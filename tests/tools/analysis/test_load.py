@@ -8,7 +8,7 @@ import pytest
 import study_kit
 
 from nanogpt.common.errors import UserError
-from tools.analysis import jobs, load, records
+from tools.analysis import jobs, load, records, run_directories
 from tools.analysis.load import load as read
 
 
@@ -93,7 +93,7 @@ def test_run_directories_are_grouped_by_what_they_were_told(tmp_path: Path) -> N
     [("", "it has not ended"), ("interrupted", "ended as 'interrupted'"), ("stopped", "'stopped'")],
 )
 def test_a_run_that_has_not_finished_does_not_count(tmp_path: Path, status: str, reason: str) -> None:
-    run = load.read_run(study_kit.write_run(tmp_path / "run", 3.3, status=status))
+    run = run_directories.read_run(study_kit.write_run(tmp_path / "run", 3.3, status=status))
     assert not run.counts and reason in run.reason and run.val_loss == pytest.approx(3.3)
 
 
@@ -125,7 +125,7 @@ def test_a_run_that_was_resumed_elsewhere_has_no_comparable_time(tmp_path: Path)
         {"time": "2026-11-21T06:00:00+00:00", "host": "n1", "gpus": [name]} for name in ("A100", "H100")
     ]
     (folder / "environment.json").write_text(json.dumps({"attempts": attempts}))
-    run = load.read_run(folder)
+    run = run_directories.read_run(folder)
     assert run.hardware.gpu == "1 x A100 and 1 x H100"
 
 

@@ -345,6 +345,19 @@ def test_a_job_that_came_without_its_users_variables_says_so():
     assert "--export" not in common("check_environment", env={**job, "SLURM_EXPORT_ENV": "A,ALL"}).stderr
 
 
+def test_a_site_file_that_windows_has_edited_is_read_as_before(tmp_path):
+    """Case G3."""
+    show = "site_partitions; site_value gpu_types.a100 cpus_per_gpu; site_value partitions.mit_normal_gpu gpu_types"
+    texts = []
+    for name, ends in (("unix", b"\n"), ("dos", b"\r\n")):
+        file = tmp_path / name
+        file.write_bytes((ROOT / "slurm/sites/engaging.toml").read_bytes().replace(b"\n", ends))
+        done = bash("-c", f"set -euo pipefail; . slurm/lib/submit.sh; site={file}; {show}")
+        texts.append((done.stdout, done.stderr))
+    assert texts[0] == texts[1] and texts[0][0].startswith("mit_normal\nmit_quicktest\n"), texts
+    assert texts[0][0].endswith("\n8\nl40s h200\n")
+
+
 def test_compile_caches_are_each_jobs_own_on_the_nodes_disk(tmp_path):
     """Case H1. A stand-in for df says that home is on NFS; squeue, that jobs 6 and 7 are not over."""
     disk, home = tmp_path / "disk", tmp_path / "home"

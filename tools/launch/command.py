@@ -153,7 +153,8 @@ def _submit(
     request = option.request
     gpu = f"{request.gpus}x {request.gpu_type or 'GPU'}" if request.gpus else counted(request.cpus, "CPU")
     nodes = f" on {request.nodes} nodes" if request.nodes > 1 else ""
-    many = f", {args.seeds} seeds, {throttle} at once" if args.seeds > 1 else ""
+    side = min(throttle, option.room or throttle)
+    many = f", {args.seeds} seeds, {side} at once" if args.seeds > 1 else ""
     print(
         f"{launch.name}: job {job_id} in {option.partition} ({gpu}{nodes}, {spoken(request.minutes)}{many})"
     )

@@ -423,7 +423,7 @@ class TestFlashAttention:
 settings="MAX_JOBS=${{MAX_JOBS:-}}|ARCHS=${{FLASH_ATTN_CUDA_ARCHS:-}}|NO80=${{FLASH_ATTENTION_DISABLE_SM80:-}}"
 echo "$PWD|$settings|$*" >>{tmp_path}/calls
 case "$*" in
-    *"import sys, torch"*) echo 2.13.0 13.0 cp312 ;;
+    *"import sys, torch"*) echo 2.13.0 ${{CUDA_OF_TORCH:-13.0}} cp312 ;;
     *"pip wheel"*) [ ! -e {tmp_path}/fails ] || exit 1
         for last; do :; done; mkdir -p "$last"; echo wheel >"$last/flash.whl" ;;
     *-r\\ *) cat "${{!#}}" >>{tmp_path}/calls ;;
@@ -533,6 +533,10 @@ esac
         assert "xformers==0.0.34 --hash=sha256:381cc47f" in done.calls
         assert "nvidia-cuda-runtime-cu12==12.9.79 --hash=sha256:25bba2df" in done.calls
         assert "check_flash_attn.py prebuilt" in done.calls
+
+    def test_a_torch_without_cuda_gets_nothing_installed(self, build):
+        done = build("--prebuilt", CUDA_OF_TORCH="none")
+        assert done.returncode == 2 and "bash setup_env.sh --cuda" in done.stderr and "pip" not in done.calls
 
     def test_the_check_needs_a_gpu_and_says_so(self):
         done = subprocess.run(

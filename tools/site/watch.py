@@ -210,7 +210,7 @@ def _queue_lines(view: View) -> list[str]:
     mine = [job for job in view.queue if job.base == base]
     if not mine:
         return [
-            "not in the queue (any more): engaging why " + view.job
+            "none of yours in the queue (any more): engaging why " + view.job
             if not view.queue_note
             else "state unknown"
         ]

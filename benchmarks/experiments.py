@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -52,15 +53,23 @@ def engaging(folder: Path, *words: object) -> float:
     return time.perf_counter() - began
 
 
-def overhead(folder: Path, runs: int) -> tuple[float, float]:
-    """(seconds of the runner for each run, between the end of one and the start of the next; once a study)."""
+def cpu_seconds() -> float:
+    """Of all processes that have ended, this one's children and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def overhead(folder: Path, runs: int) -> tuple[float, float, float]:
+    """Seconds of the runner: (each run, from the end of one to the start of the next; once a study; CPU a run)."""
     log = folder / "sleeper.log"
     words = ("run", "--config", "sleep.json", "--executor", "local", "--n-runs", runs)
+    before = cpu_seconds()
     wall = engaging(folder, *words)
+    cpu = (cpu_seconds() - before) / runs
     times = [tuple(map(float, line.split())) for line in log.read_text().splitlines()]
     between = [later[0] - earlier[1] for earlier, later in itertools.pairwise(times)]
     each = sum(between) / len(between)
-    return each, wall - (times[-1][1] - times[0][0])
+    return each, wall - (times[-1][1] - times[0][0]), cpu
 
 
 def main() -> int:
@@ -81,10 +90,13 @@ def main() -> int:
             engaging(folder, "run", "--config", "sleep.json", "--n-runs", 100, "--dry-run", *local)
             for _ in range(5)
         )
-        each, once = overhead(folder, args.runs)
+        each, once, cpu = overhead(folder, args.runs)
     print(f"100 seeds planned: {plan:.2f} s; every command of them printed (--dry-run): {dry:.2f} s")
-    print(f"the runner: {each:.2f} s a run ({each / 60:.2%} of a minute), {once:.2f} s once a study")
-    print(json.dumps({"plan_s": plan, "dry_run_s": dry, "each_run_s": each, "once_s": once}))
+    print(
+        f"the runner: {each:.2f} s a run ({each / 60:.2%} of a minute), {once:.2f} s once a study; on the CPU, all of "
+        f"it and the script's own Python: {cpu:.2f} s a run"
+    )
+    print(json.dumps({"plan_s": plan, "dry_run_s": dry, "each_run_s": each, "once_s": once, "cpu_s": cpu}))
     return 0
 
 

@@ -318,7 +318,7 @@ def environment(argv: Sequence[str]) -> dict:
     """What a run depends on besides its source: machine, versions, git state. No environment variable's value but
     SLURM's numbers: those hold secrets."""
     return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "host": platform.node(),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -7,9 +7,10 @@ import os
 from dataclasses import dataclass
 
 from nanogpt.common.errors import UserError
+from tools.args import counted
 from tools.experiments import records
 from tools.experiments.config import ExperimentConfig
-from tools.experiments.flags import counted, price, price_of
+from tools.experiments.flags import price, price_of
 from tools.experiments.records import Experiment
 from tools.experiments.study import Result, kin_of, result_of, work_of
 

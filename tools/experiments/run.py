@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, name_of, whole
+from tools.args import Parser, counted, name_of, whole
 from tools.experiments import collect, gate, records, study, trainer
 from tools.experiments.config import ExperimentConfig
 from tools.experiments.execute import Executor, Pair, need_room, run_command, seed_of
-from tools.experiments.flags import add_execution, counted, options
+from tools.experiments.flags import add_execution, options
 from tools.experiments.records import SHELF, Experiment
 from tools.launch import environment
 from tools.launch.presets import Target, ask_trainer, check_overrides

@@ -147,6 +147,10 @@ class Board:
             raise Refused("evidence", f"{what}: its evidence is damaged") from None
         if len(data) != known.bytes or hashlib.sha256(data).hexdigest() != known.sha256:
             raise Refused("evidence", f"{what}: its evidence is not what the record's digest says")
+        if not worker.eof or worker.unused_data:
+            raise Refused(
+                "evidence", f"{what}: its evidence is damaged: its end is missing, or is not its end"
+            )
         return data
 
     def read_records(self) -> Iterator[tuple[Path, Record | CommandError]]:
@@ -164,7 +168,7 @@ class Board:
                 found.append((path, read_record(path)))
             except CommandError as error:
                 found.append((path, error))
-        last = datetime.datetime.max.replace(tzinfo=datetime.UTC)
+        last = datetime.datetime.max.replace(tzinfo=datetime.timezone.utc)
         found.sort(key=lambda row: (row[1].submitted if isinstance(row[1], Record) else last, row[0].name))
         yield from found
 

@@ -218,7 +218,7 @@ def _dates(left: float, right: float) -> list[tuple[float, str]]:
     """About five dates between two days (days since 1970)."""
     step = max(1, math.ceil((right - left) / 5))
     days = range(math.ceil(left), math.floor(right) + 1, step)
-    shown = [(day, datetime.datetime.fromtimestamp(day * 86400, datetime.UTC)) for day in days]
+    shown = [(day, datetime.datetime.fromtimestamp(day * 86400, datetime.timezone.utc)) for day in days]
     return [
         (float(day), f"{when.day} {when:%b %Y}" if right - left < 400 else f"{when:%b %Y}")
         for day, when in shown

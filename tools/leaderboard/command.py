@@ -86,7 +86,7 @@ def submit(argv: list[str]) -> int:
         "description": text.line_of(args.description, "--description", text.DESCRIPTION),
         "contributors": text.names_of(args.contributors or _my_name(), "--contributors"),
         "log_url": text.url_of(args.log_url, "--log-url") if args.log_url else "",
-        "submitted": datetime.datetime.now(datetime.UTC),
+        "submitted": datetime.datetime.now(datetime.timezone.utc),
     }
     verdict, manifest = _judge(args, board.tracks, said["description"], said["submitted"], board.others())
     if verdict.accepted:
@@ -244,7 +244,7 @@ def verify(argv: list[str]) -> int:
     if args.board:
         board = open_board(args.board)
         tracks, others = board.tracks, board.others()
-    now = datetime.datetime.now(datetime.UTC)
+    now = datetime.datetime.now(datetime.timezone.utc)
     verdict, _ = _judge(args, tracks, "a check before handing in", now, others)
     verdict.look_only()
     show(verdict)

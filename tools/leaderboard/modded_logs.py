@@ -164,7 +164,9 @@ def _date(head: str) -> datetime.datetime | None:
     clock = f"{found[1]} {found[2]}"
     for form in ("%b %d %H:%M:%S %Y", "%b %d %H:%M:%S %p %Y"):
         try:
-            return datetime.datetime.strptime(" ".join(clock.split()), form).replace(tzinfo=datetime.UTC)
+            return datetime.datetime.strptime(" ".join(clock.split()), form).replace(
+                tzinfo=datetime.timezone.utc
+            )
         except ValueError:
             continue
     return None

@@ -95,8 +95,9 @@ def build_site(board: Board, out: Path, layout: str = "") -> tuple[int, list[tup
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    now = datetime.datetime.now(datetime.timezone.utc)
     common = {
-        "limits": LIMITS, "built": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", "board": board.title,
+        "limits": LIMITS, "built": f"{now:%Y-%m-%d %H:%M} UTC", "board": board.title,
         "layout": layout, "heading": board.title,
     }  # fmt: skip
     make_folder(out / "records")
@@ -144,7 +145,9 @@ def _terms(rows: Sequence[Row], board: Board) -> Iterator[dict[str, Any]]:
     days = [term.first for term in board.terms]
     by_term: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
-        by_term[bisect.bisect_right(days, row.record.submitted.astimezone(datetime.UTC).date())].append(row)
+        by_term[
+            bisect.bisect_right(days, row.record.submitted.astimezone(datetime.timezone.utc).date())
+        ].append(row)
     number = 1000
     for place in range(len(days), 0 if 0 not in by_term else -1, -1) if days else ():
         name = board.terms[place - 1].name if place else f"Before {board.terms[0].name}"
@@ -342,7 +345,7 @@ def _history() -> dict[str, Any]:
     found = json.loads(HISTORY.read_text(encoding="utf-8"))
     points = [
         (
-            datetime.datetime.fromisoformat(row["date"]).replace(tzinfo=datetime.UTC), float(row["minutes"]),
+            datetime.datetime.fromisoformat(row["date"]).replace(tzinfo=datetime.timezone.utc), float(row["minutes"]),
             f"record {row['record']}, {row['what']}", True,
         )
         for row in found["records"]

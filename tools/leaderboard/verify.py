@@ -194,7 +194,7 @@ def _change_claims(record: Record, run: Run, earlier: Callable[[Record], Run]) -
 
 def _claims(record: Record, verdict: Verdict) -> list[tuple[str, str]]:
     """What the record says of its evidence against what the evidence says."""
-    now = datetime.datetime.now(datetime.UTC)
+    now = datetime.datetime.now(datetime.timezone.utc)
     problems = []
     if record.submitted > now + datetime.timedelta(days=1):
         problems.append(

@@ -135,6 +135,8 @@ DAMAGE = {
     "its evidence is not what the record's digest says": swap,
     "digest says ": lambda blob, others: blob.write_bytes(blob.read_bytes()[:-40]),
     "digest says": lambda blob, others: blob.write_bytes(lzma.compress(b"\0" * (300 << 20), preset=0)),
+    "its end is missing": lambda blob, others: blob.write_bytes(blob.read_bytes()[:-4]),
+    "or is not its end": lambda blob, others: blob.write_bytes(blob.read_bytes() + b"x"),
     "not among the board's evidence": lambda blob, others: (blob.unlink(), blob.symlink_to("/etc/passwd")),
 }
 

@@ -32,11 +32,13 @@ from nanogpt.config import OPERATORS, Config, Plan, resolve
 
 if typing.TYPE_CHECKING:
     import torch
+    from torch.profiler import profile
 
     from nanogpt.common.ranks import Ranks
     from nanogpt.setup import State
 
 PROG = "python -m nanogpt.bench"
+PROFILED_STEPS = 3
 Batch = tuple["torch.Tensor", "torch.Tensor"]
 
 
@@ -60,7 +62,10 @@ class Bench:
     real_data: bool = knob(False, "read the data set as training does, instead of random tokens")
     dataset: str = knob("", "the data set, and --real_data=true with it (default openwebtext)")
     data_root: str = knob("", "folder of the data sets; default: $DATA_ROOT, else data/ of the repository")
-    profile: bool = knob(False, "also trace a few steps, for chrome://tracing or ui.perfetto.dev")
+    profile: bool = knob(
+        False,
+        "also trace a few steps, for chrome://tracing or ui.perfetto.dev; prints what took most of the time",
+    )
     trace: str = knob("bench_trace.json", "the file that --profile writes")
     seed: int = knob(1337, "of weights and tokens", low=0, high=(1 << 31) - 1)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU when there is one")
@@ -114,7 +119,7 @@ def measure(bench: Bench, config: Config, plan: Plan, ranks: "Ranks") -> None:
     warmup_seconds = time.perf_counter() - began
     seconds = []
     with profiled(bench, ranks) if bench.profile else contextlib.nullcontext():
-        for step in range(bench.warmup_steps, bench.warmup_steps + (3 if bench.profile else 0)):
+        for step in range(bench.warmup_steps, bench.warmup_steps + (PROFILED_STEPS if bench.profile else 0)):
             one_step(config, plan, ranks, state, batches, step)
     for step in range(bench.warmup_steps, bench.warmup_steps + bench.steps):
         began = time.perf_counter()
@@ -219,7 +224,23 @@ def profiled(bench: Bench, ranks: "Ranks") -> Iterator[None]:
             temporary.touch()  # the profiler itself is silent about a folder that cannot be written
             profiler.export_chrome_trace(str(temporary))
             temporary.replace(path)
+        print("\n".join(dearest(profiler)))
         print(f"trace: {path} (open it in chrome://tracing or ui.perfetto.dev)", flush=True)
+
+
+def dearest(profiler: "profile") -> list[str]:
+    """A heading, and the ten kinds of work (a GPU's kernels, else operators) that took the most time of their own."""
+    from torch.autograd import DeviceType
+
+    seen = [event for event in profiler.key_averages() if not event.is_user_annotation]
+    kernels = [event for event in seen if event.device_type == DeviceType.CUDA]
+    rows = [(event.self_device_time_total, event.count, event.key) for event in kernels]
+    rows = rows or [(event.self_cpu_time_total, event.count, event.key) for event in seen]
+    whole = sum(spent for spent, _, _ in rows) or 1.0
+    return [f"{'share':>6} {'ms a step':>10} {'calls':>7}  {'kernel' if kernels else 'operator'}"] + [
+        f"{spent / whole:6.1%} {spent / 1e3 / PROFILED_STEPS:10.3f} {count / PROFILED_STEPS:7.1f}  {key[:90]}"
+        for spent, count, key in sorted(rows, reverse=True)[:10]
+    ]
 
 
 def report(result: dict, plan: str) -> None:

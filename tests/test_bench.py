@@ -62,7 +62,12 @@ def test_real_data_are_read(capsys, tmp_path):
 def test_the_trace_is_what_chrome_reads(capsys, tmp_path):
     path = tmp_path / "trace.json"
     assert bench.main([*SMALL, "--profile", f"--trace={path}"]) == 0
-    assert f"trace: {path}" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[lines.index(" share  ms a step   calls  operator") + 1 :][:11]
+    assert table[10] == f"trace: {path} (open it in chrome://tracing or ui.perfetto.dev)"
+    shares = [float(row.split("%")[0]) for row in table[:10]]
+    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5
+    assert any(row.endswith("  aten::mm") for row in table[:10])
     events = json.loads(path.read_text())["traceEvents"]
     assert any("aten::mm" in str(event.get("name")) for event in events)
     assert list(tmp_path.iterdir()) == [path]

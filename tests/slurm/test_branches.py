@@ -360,7 +360,10 @@ def test_a_site_file_that_windows_has_edited_is_read_as_before(tmp_path):
 
 def test_compile_caches_are_each_jobs_own_on_the_nodes_disk(tmp_path, monkeypatch):
     """Case H1. A stand-in for df says that home is on NFS; squeue, that jobs 6 and 7 are not over."""
-    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):  # torch sets the latter in processes that compile
+    for name in (
+        "TRITON_CACHE_DIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+    ):  # torch sets the latter in processes that compile
         monkeypatch.delenv(name, raising=False)
     disk, home = tmp_path / "disk", tmp_path / "home"
     for folder in (disk, home / "tmp"):

@@ -223,7 +223,9 @@ def test_of_two_that_are_one_the_earlier_stays(board: Path, capsys: pytest.Captu
 
     logs = [run["files"]["log.txt"]["sha256"] for run in record["runs"]]
     copy["id"] = record_id("track1", "negative", logs)
-    later = datetime.datetime.fromisoformat(record["submitted"]) + datetime.timedelta(microseconds=1)
+    later = datetime.datetime.fromisoformat(record["submitted"].replace("Z", "+00:00")) + datetime.timedelta(
+        microseconds=1
+    )
     copy["submitted"] = later.isoformat()
     (board / "records" / f"{copy['id']}.json").write_text(json.dumps(copy))
     assert command.main(["verify", str(board)]) == command.EXIT_REFUSED

@@ -30,7 +30,8 @@ def break_off(kind: str, note: Path | None) -> None:
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "lock":
-        ctypes.PyDLL(None).sleep(600)
+        while True:  # a signal ends the sleep
+            ctypes.PyDLL(None).sleep(600)
     elif kind == "sleep":
         time.sleep(600)
     elif kind == "mismatch":

@@ -17,7 +17,7 @@ import dataclasses
 import typing
 from dataclasses import dataclass
 
-from modded_nanogpt import schedule
+from modded_nanogpt import layer_plan, schedule
 from modded_nanogpt.config import Config as RunConfig
 from nanogpt.common import checkpoint_names, rundir
 from nanogpt.common.errors import UserError, run_command
@@ -77,6 +77,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from modded_nanogpt import setup
+    from modded_nanogpt.optim.row_table import RowTable
     from nanogpt.common import checkpoints, shards, tokenizer
     from nanogpt.common.ranks import Ranks, choose_device
 
@@ -87,10 +88,20 @@ def main(argv: list[str]) -> int:
     ranks = Ranks(0, 0, 1, choose_device(config.device, 0))
     known = {field.name for field in dataclasses.fields(RunConfig)}
     kept = {name: value for name, value in record["config"].items() if name in known}
+    kept.setdefault("table_rows", "0")  # a run of earlier code
     run_config = RunConfig(
         **{**kept, **PLAIN, "device": config.device, "attention": "auto", "backend": "auto"}
     )
+    rows = layer_plan.table_rows(run_config)
+    if rows and not (table := checkpoint.tensors("table")):
+        raise UserError(
+            f"{checkpoint.path}: leaves out the table of {rows:,} hashed n-grams, without which the model cannot speak; "
+            "a run keeps it with --save_table=true"
+        )
     state = setup.build(run_config, ranks, compile_with="eager")
+    if rows:
+        state.table = RowTable(run_config, ranks, state.model.head.dtype, learns=False)
+        state.table.load(table, str(checkpoint.path))
     try:
         state.model.init_weights(run_config.seed)  # for the random signs, which no checkpoint holds
         state.model.load_state_dict(checkpoint.tensors("model"), strict=True)

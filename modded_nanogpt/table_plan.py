@@ -4,7 +4,7 @@ Standard library only. `--table_rows=auto` becomes a number once, from the memor
 its config.json keeps the number, so a resume trains the same table, on another GPU too.
 """
 
-import math
+import os
 from dataclasses import replace
 
 from modded_nanogpt import layer_plan, schedule
@@ -28,16 +28,19 @@ def settle(config: Config, world_size: int, memory: int | None) -> Config:
     """
     if config.table_rows == "auto":
         return replace(config, table_rows=str(_most_rows(config, world_size, memory)))
-    rows = layer_plan.table_rows(config)
-    if memory is None or not rows:
-        return config
-    needed, room = share_bytes(config, world_size), _room(config, world_size, memory)
-    if needed > room:
-        most = replace(config, table_rows="auto")
+    if memory is None:
+        where, needed = "this machine", world_size * share_bytes(config, world_size, itemsize=4)
+        memory = room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        most = CPU_ROWS
+    else:
+        where, needed = f"each of {world_size} GPUs", share_bytes(config, world_size)
+        room = _room(config, world_size, memory)
+        most = _most_rows(replace(config, table_rows="auto"), world_size, memory)
+    if layer_plan.table_rows(config) and needed > room:
         raise UserError(
-            f"--table_rows={config.table_rows}: its {needed / 2**30:.1f} GiB on each of {world_size} GPUs do not fit "
-            f"beside the rest of the run, which leaves {max(0.0, room) / 2**30:.1f} of {memory / 2**30:.1f} GiB; "
-            f"--table_rows={_most_rows(most, world_size, memory)} does, and so does auto"
+            f"--table_rows={config.table_rows}: its {needed / 2**30:,.1f} GiB on {where} do not fit beside the rest of "
+            f"the run, which leaves {max(0.0, room) / 2**30:.1f} of {memory / 2**30:.1f} GiB; --table_rows={most} "
+            "does, and so does auto"
         )
     return config
 

@@ -152,13 +152,15 @@ if triton is not None:
             return
         column = tl.arange(0, BLOCK_D)
         inside = column < D
+        # Asked for before the gradients, so that all of it is on its way at once.
+        target = rows + row.to(tl.int64) * D + column
+        p = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(second + row)
+        missed = tl.load(log_kept + event - 1) - tl.load(log_kept + tl.load(last + row))
         g = scale * _sum_of_row(
             place, row, ids, order, gradients, N, signs, pool, E, D, SIGNED, BLOCK_R, BLOCK_D
         )
-        missed = tl.load(log_kept + event - 1) - tl.load(log_kept + tl.load(last + row))
-        v = beta2 * tl.exp(missed.to(tl.float32)) * tl.load(second + row) + (1 - beta2) * (tl.sum(g * g, axis=0) / D)
-        target = rows + row.to(tl.int64) * D + column
-        p = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        v = beta2 * tl.exp(missed.to(tl.float32)) * v + (1 - beta2) * (tl.sum(g * g, axis=0) / D)
         u = g / (tl.sqrt(v) + epsilon) * step_size
         decays = (u * p > 0) | (cautious == 0)
         p -= u + tl.where(decays, decay * p, 0.0)

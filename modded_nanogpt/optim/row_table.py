@@ -60,7 +60,7 @@ class RowTable:
             if ranks.world_size > 1:
                 most = HALVES * max(table_plan.fetched_tokens(config))
                 self.source = torch.zeros(most, size.width, dtype=dtype, device=device)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except torch.OutOfMemoryError as error:
             needed = table_plan.share_bytes(config, ranks.world_size, dtype.itemsize) / 2**30
             raise UserError(
                 f"--table_rows={config.table_rows}: its {needed:.1f} GiB a rank do not fit into the memory of {device}; "

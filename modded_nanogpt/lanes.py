@@ -265,7 +265,9 @@ def evaluate(
         found = eval_lane(state, batch, step.tied, windows)
         total += torch.stack([found[:count].double().sum(), total.new_tensor(float(count))])
     if state.table is not None:
-        for _ in range(batches.rounds - len(batches)):  # ranks that still have a slice want rows of this one's
+        for _ in range(
+            batches.rounds - len(batches)
+        ):  # ranks that still have a slice want rows of this one's
             state.table.fetch_rows(None)
     ranks.sum(total)
     return (total[0] / total[1]).item()

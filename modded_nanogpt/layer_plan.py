@@ -31,7 +31,9 @@ class Size:
     vocab: int = 50_257
     padded_vocab: int = 50_304
     bigram_rows: int = 0  # of the bigram hash table; the last one stands for "no previous token"
-    table_rows: int = 0  # of the table of hashed n-grams, which takes its place; with --table_rows=auto at most
+    table_rows: int = (
+        0  # of the table of hashed n-grams, which takes its place; with --table_rows=auto at most
+    )
     sign_rows: int = 0  # of the table of random signs
     value_tables: int = 5
     mudd_groups: int = 1  # of channels, whose sums at the end of the network have weights of their own
@@ -41,21 +43,19 @@ class Size:
     make: str = "record"
 
 
+# fmt: off
 SIZES: dict[str, Size] = {
-    "record": Size(
-        11, 768, 6, 128, 2816, bigram_rows=377_280, table_rows=84_602_880, sign_rows=8192, value_tables=4,
-        mudd_groups=12,
-    ),  # fmt: skip
+    "record": Size(11, 768, 6, 128, 2816, bigram_rows=377_280, table_rows=84_602_880, sign_rows=8192, value_tables=4,
+                   mudd_groups=12),
     "record89": Size(11, 768, 6, 128, 3072, bigram_rows=377_280, sign_rows=8192, make="record89"),
     "snapshot": Size(11, 768, 6, 128, 3072, bigram_rows=251_520, make="snapshot"),
     "medium": Size(16, 1024, 8, 128, 4096, gate_dims=16, make="medium"),
-    "tiny": Size(
-        11, 96, 6, 16, 352, bigram_rows=4096, table_rows=8192, sign_rows=64, value_tables=4, mudd_groups=12
-    ),
+    "tiny": Size(11, 96, 6, 16, 352, bigram_rows=4096, table_rows=8192, sign_rows=64, value_tables=4, mudd_groups=12),
     "tiny_record89": Size(11, 96, 6, 16, 384, bigram_rows=4096, sign_rows=64, make="record89"),
     "tiny_snapshot": Size(11, 96, 6, 16, 384, bigram_rows=4096, make="snapshot"),
     "tiny_medium": Size(16, 64, 4, 16, 256, gate_dims=16, make="medium"),
 }
+# fmt: on
 CPU_RECIPES = tuple(name for name in SIZES if name.startswith("tiny"))  # small enough to train without a GPU
 
 # Techniques that a make has no place for; its preset switches them off, and switching one on is refused.
@@ -209,7 +209,7 @@ def size(config: "Config") -> Size:
 
 
 def table_rows(config: "Config") -> int:
-    """Rows of the table of hashed n-grams; 0: there is none. With `auto` the recipe's, until `table_plan` settles it."""
+    """Rows of the table of hashed n-grams; 0: there is none. `auto` is the recipe's, until `table_plan` settles it."""
     if not config.bigram:
         return 0
     return SIZES[config.recipe].table_rows if config.table_rows == "auto" else int(config.table_rows)
@@ -298,7 +298,11 @@ def _check_table(config: "Config") -> None:
     text = config.table_rows
     if text == "auto":
         return
-    least, most, multiple = 64, 1 << 30, 16  # a rank has an equal share of each of the ranks' numbers that there are
+    least, most, multiple = (
+        64,
+        1 << 30,
+        16,
+    )  # a rank has an equal share of each of the ranks' numbers that there are
     if not (text.isascii() and text.isdigit() and len(text) < 11):
         raise UserError(f"--table_rows={text}: expected auto or a number of rows")
     rows = int(text)
@@ -310,7 +314,8 @@ def _check_table(config: "Config") -> None:
     if rows and not (least <= rows <= most and rows % multiple == 0):
         near = min(most, max(least, round(rows / multiple) * multiple))
         raise UserError(
-            f"--table_rows={text}: expected 0, or a multiple of {multiple} from {least} to {most:,}; --table_rows={near}"
+            f"--table_rows={text}: expected 0, or a multiple of {multiple} from {least} to {most:,}; "
+            f"--table_rows={near}"
         )
 
 

@@ -5,11 +5,11 @@ The plan of the layers is in `layer_plan`, what one attention layer does in `att
 other track's.
 
 Symbols: T tokens of the lane, d width, H heads, V padded vocabulary. x is the residual stream, x0 the normalised
-embedding, b the bigram or n-gram embedding, c0, c3, c7, c9 the residual after those layers (c0: at the input of layer 0, c9: of
-layer 10). Sources: MUDD connections (Xiao et al. 2025, arXiv 2502.12170; record 81) and gates made the same way
-(record 85), widths, depth and grouped sums (records 90 and 92), DCMHA (arXiv 2405.08553; record 85), hash embeddings
-(arXiv 1709.03933; record 62) with random signs (record 83), value embeddings (arXiv 2410.17897), smear (record 34),
-backout (record 40).
+embedding, b the embedding of bigrams or n-grams, c0, c3, c7, c9 the residual after those layers (c0: at the input of
+layer 0, c9: of layer 10). Sources: MUDD connections (Xiao et al. 2025, arXiv 2502.12170; record 81) and gates made the
+same way (record 85), widths, depth and grouped sums (records 90 and 92), DCMHA (arXiv 2405.08553; record 85), hash
+embeddings (arXiv 1709.03933; record 62) with random signs (record 83), value embeddings (arXiv 2410.17897), smear
+(record 34), backout (record 40).
 """
 
 import math

@@ -1,13 +1,14 @@
 """Which rows of the n-gram table, and which rows of its random signs, each token looks up (records 90 to 92).
 
-Two halves: pairs of tokens have the first, triples the second, each a hash of the tokens. Tokens stand so close
-together in what they share that collisions are many; each n-gram therefore multiplies its row with signs of its own
-(hash embeddings, arXiv 1709.03933; signs that let entries share memory, arXiv 1504.04788). Borders between documents
+Two halves: pairs of tokens have the first, triples the second, each a hash of the tokens (hash embeddings, arXiv
+1709.03933). N-grams that share a row multiply it with signs of their own (arXiv 1504.04788). Borders between documents
 are not looked at. With t_0 the token, t_1 and t_2 the ones before it, M rows and P rows of signs, all products int32
 that wraps around, and remainders that are never negative:
 
-    pair:   (36313 t_0 ^ 27191 t_1) mod (M/2 - 1)                           signs (48271 t_0 ^ 30011 t_1) mod P
-    triple: M/2 + (17351 t_0 ^ 60961 t_1 ^ 45259 t_2) mod (M/2 - 1)         signs (58699 t_0 ^ 39779 t_1 ^ 26801 t_2) mod P
+    pair          (36313 t_0 ^ 27191 t_1) mod (M/2 - 1)
+    its signs     (48271 t_0 ^ 30011 t_1) mod P
+    triple        M/2 + (17351 t_0 ^ 60961 t_1 ^ 45259 t_2) mod (M/2 - 1)
+    its signs     (58699 t_0 ^ 39779 t_1 ^ 26801 t_2) mod P
 
 Where there are no tokens before, each half has its last row, with row 0 of the signs.
 """

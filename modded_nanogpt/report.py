@@ -33,7 +33,10 @@ def describe(config: Config, plan: Plan, state: State, ranks: Ranks) -> list[str
     table = []
     if state.table is not None:
         itemsize = state.model.head.element_size()
-        table = [*filter(None, [table_plan.longer(config)]), table_plan.describe(config, ranks.world_size, itemsize)]
+        table = [
+            *filter(None, [table_plan.longer(config)]),
+            table_plan.describe(config, ranks.world_size, itemsize),
+        ]
     return [
         plan.describe(config),
         *table,

@@ -95,8 +95,8 @@ def main(argv: list[str]) -> int:
     rows = layer_plan.table_rows(run_config)
     if rows and not (table := checkpoint.tensors("table")):
         raise UserError(
-            f"{checkpoint.path}: leaves out the table of {rows:,} hashed n-grams, without which the model cannot speak; "
-            "a run keeps it with --save_table=true"
+            f"{checkpoint.path}: leaves out the table of {rows:,} hashed n-grams, without which the model cannot "
+            "speak; a run keeps it with --save_table=true"
         )
     state = setup.build(run_config, ranks, compile_with="eager")
     if rows:

@@ -12,7 +12,9 @@ from modded_nanogpt.config import LANES, Config, lane_count, lane_tokens
 from nanogpt.common.errors import UserError
 
 ROW_STATE = 8  # bytes beside each row: its second moment and its last event
-ENTRY_STATE = 52  # bytes beside each row of gradients: rows and signs of two halves, sorted ones and their order
+ENTRY_STATE = (
+    52  # bytes beside each row of gradients: rows and signs of two halves, sorted ones and their order
+)
 WHOLE_ROWS = 1_000_000  # `auto` takes a multiple of so many
 CPU_ROWS = 65_536  # what `auto` takes where there is no GPU, of the record's table
 # What a rank needs besides the table: whatever its lanes, and for lanes as large as the record's.

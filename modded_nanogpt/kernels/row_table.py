@@ -179,8 +179,6 @@ if triton is not None:
         if tl.load(ids + place - 1, mask=place > 0, other=-1) == row:
             return
         column = tl.arange(0, BLOCK_D)
-        total = _sum_of_row(
-            place, row, ids, order, gradients, N, signs, pool, E, D, SIGNED, BLOCK_R, BLOCK_D
-        )
+        total = _sum_of_row(place, row, ids, order, gradients, N, signs, pool, E, D, SIGNED, BLOCK_R, BLOCK_D)
         target = sums + (tl.load(slots + place) - 1) * D + column
         tl.store(target, total.to(sums.dtype.element_ty), mask=column < D)

@@ -61,7 +61,9 @@ class RowExchange:
                 dist.broadcast(mine, owner)
                 at = owner * self.share + start
                 if self.ranks.is_main:
-                    room = whole[at : at + len(mine)]  # the last rank's share may have rows that the table has not
+                    room = whole[
+                        at : at + len(mine)
+                    ]  # the last rank's share may have rows that the table has not
                     room.copy_(mine[: len(room)])
         return whole
 

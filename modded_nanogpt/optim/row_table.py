@@ -1,4 +1,4 @@
-"""The table of hashed n-grams: its rows, who has which, and how they learn (record 92). Neither a parameter nor a buffer.
+"""The table of hashed n-grams: its rows, who has which, and how they learn (record 92). No parameter of the model.
 
 With 84.6 M rows it is a hundred times the rest of the model, and a step touches one row in a hundred. So there is no
 gradient of its size: lanes leave the gradients of their tokens here, and some steps (`schedule.table_event`) update the
@@ -63,8 +63,8 @@ class RowTable:
         except torch.OutOfMemoryError as error:
             needed = table_plan.share_bytes(config, ranks.world_size, dtype.itemsize) / 2**30
             raise UserError(
-                f"--table_rows={config.table_rows}: its {needed:.1f} GiB a rank do not fit into the memory of {device}; "
-                "take fewer, or auto"
+                f"--table_rows={config.table_rows}: its {needed:.1f} GiB a rank do not fit into the memory of "
+                f"{device}; take fewer, or auto"
             ) from error
         self.ids = torch.zeros(HALVES, tokens, dtype=torch.int32, device=device)
         self.signs = torch.zeros(HALVES, tokens, dtype=torch.int32, device=device)
@@ -99,7 +99,9 @@ class RowTable:
         tokens, room = gradient.shape[0], self.gradients.shape[0]
         place = slice(self.waiting, self.waiting + tokens)
         if place.stop > room:
-            raise RuntimeError(f"n-gram table: {place.stop:,} tokens since its last update, room for {room:,}")
+            raise RuntimeError(
+                f"n-gram table: {place.stop:,} tokens since its last update, room for {room:,}"
+            )
         self.gradients[place].copy_(gradient)
         self.ids[:, place].copy_(batch.gram_rows)
         self.signs[:, place].copy_(batch.gram_signs)
@@ -172,7 +174,12 @@ class RowTable:
         """Put back what `tensors` gave, for any number of ranks. UserError when it is another table's."""
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         width = self.rows.shape[1]
-        if found != {"rows": (self.count, width), "second": (self.count,), "last": (self.count,), "event": ()}:
+        if found != {
+            "rows": (self.count, width),
+            "second": (self.count,),
+            "last": (self.count,),
+            "event": (),
+        }:
             raise UserError(
                 f"{where}: its n-gram table is not this run's of {self.count:,} rows; start another run, or give "
                 "the run's own --table_rows"

@@ -29,7 +29,9 @@ def test_the_records_updates():
     assert kinds == [(0.95, 5.0)] * 168 + [(0.9025, 10.0)] * 214
 
 
-@pytest.mark.parametrize("flags", [("--steps=105", "--extension_steps=6"), ("--adam_every=3",), ("--steps=4",)])
+@pytest.mark.parametrize(
+    "flags", [("--steps=105", "--extension_steps=6"), ("--adam_every=3",), ("--steps=4",)]
+)
 def test_updates_of_other_runs_are_counted_too(flags):
     of = config("record", *flags)
     kinds = [schedule.at(of, step).table for step in range(schedule.total_steps(of))]
@@ -64,7 +66,9 @@ def test_a_number_stays_and_must_fit():
     with pytest.raises(UserError, match=r"--table_rows=38000000: its 54\.6 GiB .* does, and so does auto"):
         table_plan.settle(given, 1, 79 * GIB)
     assert table_plan.settle(table_plan.settle(config("record"), 1, 79 * GIB), 1, 79 * GIB)  # auto's own fits
-    with pytest.raises(UserError, match=r"--table_rows=1073741824: its 3,080\.0 GiB on this machine do not fit"):
+    with pytest.raises(
+        UserError, match=r"--table_rows=1073741824: its 3,080\.0 GiB on this machine do not fit"
+    ):
         table_plan.settle(config("record", "--table_rows=1073741824", "--device=cpu"), 2, None)
 
 
@@ -98,7 +102,9 @@ def test_a_smaller_table_makes_the_run_longer():
 
 def test_what_checkpoints_hold():
     record = config("record")
-    assert not table_plan.is_saved(record) and table_plan.is_saved(dataclasses.replace(record, save_table=True))
+    assert not table_plan.is_saved(record) and table_plan.is_saved(
+        dataclasses.replace(record, save_table=True)
+    )
     for words in (("record", "--table_rows=2000000"), ("record", "--table_rows=0"), ("snapshot",), ("tiny",)):
         assert table_plan.is_saved(config(*words))
     assert "checkpoints hold it: false" in table_plan.describe(record, 8, 2)

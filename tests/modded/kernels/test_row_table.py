@@ -1,4 +1,4 @@
-"""The n-gram table's kernels and their twins against float64: lookup, sums of entries, one event of the row optimizer."""
+"""The n-gram table's kernels and their twins against float64: lookup, sums of entries, one update of touched rows."""
 
 import pytest
 import torch

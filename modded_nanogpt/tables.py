@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from modded_nanogpt import layer_plan
 from modded_nanogpt.batches import Batch
 from modded_nanogpt.kernels.embedding import add_rows_
 from modded_nanogpt.model import Rows, SpeedrunModel
@@ -27,7 +28,7 @@ def look_up(model: SpeedrunModel, table: RowTable | None, batch: Batch, tied: bo
             value = model.value_embeds.view(model.size.value_tables, model.size.padded_vocab, -1)[:, tokens]
         if hasattr(model, "bigram"):
             bigram = model.bigram[batch.bigram_rows]
-        elif batch.gram_rows is not None:
+        elif layer_plan.table_rows(model.config):
             bigram = torch.zeros_like(embed) if table is None else table.vectors(batch)
     found = Rows(embed, second, value, bigram)
     for rows in found:
@@ -56,7 +57,7 @@ def add_gradients(
     if gradients.value is not None:
         tables = _gradient(model.value_embeds).view(model.size.value_tables, model.size.padded_vocab, -1)
         add_rows_(tables, gradients.value.contiguous(), batch.token_runs)
-    if batch.gram_rows is not None:
+    if table is not None:
         table.keep(batch, gradients.bigram)
     elif gradients.bigram is not None:
         add_rows_(_gradient(model.bigram), gradients.bigram, batch.bigram_runs)

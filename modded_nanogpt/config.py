@@ -200,6 +200,7 @@ class Config:
         _check_paths(self)
         _check_device(self)
         layer_plan.check(self)
+        _check_table(self)
         _check_techniques(self)
         _check_steps(self)
         _check_lanes(self)
@@ -327,3 +328,28 @@ def _check_lanes(config: Config) -> None:
                 f"--lanes={lanes}: stage {stage.name}'s {stage.batch_tokens:,} tokens do not divide into {lanes} lanes "
                 f"of a multiple of {multiple} tokens; --lanes=8, 16 or 32 do"
             )
+
+
+def _check_table(config: Config) -> None:
+    text = config.table_rows
+    if text == "auto":
+        return
+    least, most, multiple = (
+        64,
+        1 << 30,
+        16,
+    )  # a rank has an equal share of each of the ranks' numbers that there are
+    if not (text.isascii() and text.isdigit() and len(text) < 11):
+        raise UserError(f"--table_rows={text}: expected auto or a number of rows")
+    rows = int(text)
+    if rows and not layer_plan.SIZES[config.recipe].table_rows:
+        raise UserError(
+            f"--table_rows={text}: --recipe={config.recipe} has no table of n-grams; leave it away, or start from the "
+            "preset record"
+        )
+    if rows and not (least <= rows <= most and rows % multiple == 0):
+        near = min(most, max(least, round(rows / multiple) * multiple))
+        raise UserError(
+            f"--table_rows={text}: expected 0, or a multiple of {multiple} from {least} to {most:,}; "
+            f"--table_rows={near}"
+        )

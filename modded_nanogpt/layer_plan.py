@@ -291,32 +291,6 @@ def check(config: "Config") -> None:
                 f"--{name}=true: --recipe={config.recipe} has no place for it; --{name}=false, or start from the "
                 f"preset {SIZES[config.recipe].make}"
             )
-    _check_table(config)
-
-
-def _check_table(config: "Config") -> None:
-    text = config.table_rows
-    if text == "auto":
-        return
-    least, most, multiple = (
-        64,
-        1 << 30,
-        16,
-    )  # a rank has an equal share of each of the ranks' numbers that there are
-    if not (text.isascii() and text.isdigit() and len(text) < 11):
-        raise UserError(f"--table_rows={text}: expected auto or a number of rows")
-    rows = int(text)
-    if rows and not SIZES[config.recipe].table_rows:
-        raise UserError(
-            f"--table_rows={text}: --recipe={config.recipe} has no table of n-grams; leave it away, or start from the "
-            "preset record"
-        )
-    if rows and not (least <= rows <= most and rows % multiple == 0):
-        near = min(most, max(least, round(rows / multiple) * multiple))
-        raise UserError(
-            f"--table_rows={text}: expected 0, or a multiple of {multiple} from {least} to {most:,}; "
-            f"--table_rows={near}"
-        )
 
 
 def gates(config: "Config") -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:

@@ -42,6 +42,7 @@ from nanogpt.common.errors import NonFiniteError, UserError
 from nanogpt.common.ranks import Ranks
 from nanogpt.common.rundir import RunDir
 from nanogpt.common.shards import TokenSet, data_root
+from nanogpt.common.storage import check_room
 from nanogpt.common.training import checked_tokens, latest_checkpoint, repeat_exactly, write_checkpoint
 
 # By `layer_plan.Size.make`.
@@ -85,6 +86,7 @@ def prepare(run: RunDir, config: Config, ranks: Ranks, before: Prepared | None) 
     state = build(config, ranks)
     for line in describe(config, plan, state, ranks):
         run.say(line)
+    _check_space(config, state, run, ranks)
     if config.warmup:
         warm_up(config, state, ranks, batches, val_batches, run.say, ahead)
 
@@ -93,6 +95,26 @@ def prepare(run: RunDir, config: Config, ranks: Ranks, before: Prepared | None) 
             caches.keep(graphs_key(config, needed))
 
     return Prepared(state, batches, val_batches, token_set, keep_caches)
+
+
+def _check_space(config: Config, state: State, run: RunDir, ranks: Ranks) -> None:
+    """Say how large checkpoints are. StorageError when the disk has no room for one."""
+    last = sum(tensor.numel() * tensor.element_size() for tensor in state.model.parameters())
+    table = "" if state.table is None else ", without the table of n-grams (--save_table=true keeps it)"
+    if state.table is not None and table_plan.is_saved(config):
+        last += ranks.world_size * table_plan.share_bytes(
+            config, ranks.world_size, state.model.head.element_size()
+        )
+        table = ", with the table of n-grams"
+    sizes = state.optimizer.sizes
+    whole = last + ranks.world_size * sum(size for name, size in sizes.items() if name != "n-gram table")
+    if table_plan.is_saved(config):
+        run.say(f"a checkpoint takes {whole / 2**30:.2f} GiB, the last one {last / 2**30:.2f} GiB{table}")
+    else:
+        run.say(f"no checkpoint before the last one, which takes {last / 2**30:.2f} GiB{table}")
+    with ranks.main_only():
+        if ranks.is_main:
+            check_room(run.folder, whole if table_plan.is_saved(config) else last)
 
 
 def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor") -> State:

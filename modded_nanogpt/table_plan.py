@@ -17,9 +17,10 @@ ENTRY_STATE = (
 )
 WHOLE_ROWS = 1_000_000  # `auto` takes a multiple of so many
 CPU_ROWS = 65_536  # what `auto` takes where there is no GPU, of the record's table
-# What a rank needs besides the table: whatever its lanes, and for lanes as large as the record's.
-OTHER_GIB, LANES_GIB = 7.0, 18.0
-KEPT_BACK = 0.05  # of the memory: the driver's, and pieces too small to use
+# What a rank needs besides the table: whatever its lanes (with the processes that compile ahead), and for lanes as
+# large as the record's.
+OTHER_GIB, LANES_GIB = 9.0, 18.0
+KEPT_BACK = 0.04  # of the memory: the driver's, and pieces too small to use
 SAVED_ROWS = 2_000_000  # of a table that checkpoints hold without --save_table
 
 

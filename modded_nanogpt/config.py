@@ -17,6 +17,11 @@ from nanogpt.common.machine import check_device, refuse_unknown_home
 PRESETS = Path(__file__).resolve().parent / "presets"
 WORLD_SIZES = (1, 2, 4, 8)
 LANES = 8  # as many as the record has GPUs
+LEAST_ROWS, MOST_ROWS, ROW_MULTIPLE = (
+    64,
+    1 << 30,
+    16,
+)  # of the n-gram table: two halves, equal shares of 8 ranks
 CHANGED_WORDS = {"config", "data", "torch"}
 
 # What a resumed run may change: nothing that decides what is computed (how exactly it is rounded may differ).
@@ -334,11 +339,6 @@ def _check_table(config: Config) -> None:
     text = config.table_rows
     if text == "auto":
         return
-    least, most, multiple = (
-        64,
-        1 << 30,
-        16,
-    )  # a rank has an equal share of each of the ranks' numbers that there are
     if not (text.isascii() and text.isdigit() and len(text) < 11):
         raise UserError(f"--table_rows={text}: expected auto or a number of rows")
     rows = int(text)
@@ -347,9 +347,9 @@ def _check_table(config: Config) -> None:
             f"--table_rows={text}: --recipe={config.recipe} has no table of n-grams; leave it away, or start from the "
             "preset record"
         )
-    if rows and not (least <= rows <= most and rows % multiple == 0):
-        near = min(most, max(least, round(rows / multiple) * multiple))
+    if rows and not (LEAST_ROWS <= rows <= MOST_ROWS and rows % ROW_MULTIPLE == 0):
+        near = min(MOST_ROWS, max(LEAST_ROWS, round(rows / ROW_MULTIPLE) * ROW_MULTIPLE))
         raise UserError(
-            f"--table_rows={text}: expected 0, or a multiple of {multiple} from {least} to {most:,}; "
+            f"--table_rows={text}: expected 0, or a multiple of {ROW_MULTIPLE} from {LEAST_ROWS} to {MOST_ROWS:,}; "
             f"--table_rows={near}"
         )

@@ -30,16 +30,9 @@ def describe(config: Config, plan: Plan, state: State, ranks: Ranks) -> list[str
                if getattr(config, field.name) != field.default]  # fmt: skip
     if layer_plan.table_rows(config) == layer_plan.SIZES[config.recipe].table_rows:
         changed = [text for text in changed if not text.startswith("table_rows=")]
-    table = []
-    if state.table is not None:
-        itemsize = state.model.head.element_size()
-        table = [
-            *filter(None, [table_plan.longer(config)]),
-            table_plan.describe(config, ranks.world_size, itemsize),
-        ]
     return [
         plan.describe(config),
-        *table,
+        *table_plan.describe(config, ranks.world_size, state.model.head.element_size()),
         f"{numbers / 1e6:,.1f} M parameters, {str(state.model.head.dtype).removeprefix('torch.')}; FP8: "
         f"{', '.join(in_fp8) or 'none'} ({state.fp8_why}); {hardware.describe(ranks.device)}; "
         f"torch {torch.__version__}; compiled: {str(state.compiled).lower()}",

@@ -106,18 +106,21 @@ def cycle_bytes(config: Config, world_size: int, itemsize: int = 2) -> int:
     return tokens * (row + ENTRY_STATE) + sent
 
 
-def describe(config: Config, world_size: int, itemsize: int) -> str:
-    """One line for the log: the table and what it costs."""
+def describe(config: Config, world_size: int, itemsize: int) -> list[str]:
+    """Lines for the log: why the run is longer than its recipe, the table and what it costs; none without a table."""
     rows = layer_plan.table_rows(config)
+    if not rows:
+        return []
     share, cycle = share_bytes(config, world_size, itemsize), cycle_bytes(config, world_size, itemsize)
     each = "" if world_size == 1 else f", {world_size} ranks have equal shares"
-    return (
+    line = (
         f"n-gram table: {rows:,} rows{each}; {share / 2**30:.2f} GiB of rows and state, {cycle / 2**30:.2f} GiB for "
         f"the gradients between two updates; checkpoints hold it: {str(is_saved(config)).lower()}"
     )
+    return [*filter(None, [_longer(config)]), line]
 
 
-def longer(config: Config) -> str:
+def _longer(config: Config) -> str:
     """Why the run has more steps than its recipe; "" when it has not."""
     usual, steps = schedule.STAGES[config.recipe].steps, schedule.scheduled_steps(config)
     if config.steps or steps == usual:

@@ -70,6 +70,8 @@ def inspect(config: Config) -> tuple[Config, dict]:
         verify(token_set)
     if config.check:
         print(plan.describe(config))
+        for line in table_plan.describe(config, world_size, itemsize=2 if has_nvidia_driver() else 4):
+            print(line)
         print(data_plan.describe(token_set, config))
     config = dataclasses.replace(config, data_root=str(root))
     details = {

@@ -92,11 +92,14 @@ def test_a_smaller_table_makes_the_run_longer():
     steps = {n: schedule.total_steps(config("record", f"--table_rows={n}")) - 1194 for n in
              (RECORD, RECORD // 2, RECORD // 4, RECORD // 8, 38_000_000, 0)}  # fmt: skip
     assert steps == {RECORD: 0, RECORD // 2: 12, RECORD // 4: 22, RECORD // 8: 44, 38_000_000: 14, 0: 0}
-    said = table_plan.longer(config("record", "--table_rows=38000000"))
+    said, table = table_plan.describe(config("record", "--table_rows=38000000"), 1, 2)
+    assert table.startswith(
+        "n-gram table: 38,000,000 rows; 54.65 GiB of rows and state, 2.32 GiB for the gradients"
+    )
     assert said.startswith("1,194 -> 1,208 steps: the table has 38 M rows") and "--steps=1174" in said
     for flags in (("--steps=1174", "--table_rows=38000000"), ("--table_rows=0",), ()):
         assert schedule.total_steps(config("record", *flags)) == 1194
-        assert table_plan.longer(config("record", *flags)) == ""
+        assert not any("->" in line for line in table_plan.describe(config("record", *flags), 1, 2))
     assert schedule.total_steps(config("tiny", "--table_rows=64")) == 51
 
 
@@ -107,4 +110,6 @@ def test_what_checkpoints_hold():
     )
     for words in (("record", "--table_rows=2000000"), ("record", "--table_rows=0"), ("snapshot",), ("tiny",)):
         assert table_plan.is_saved(config(*words))
-    assert "checkpoints hold it: false" in table_plan.describe(record, 8, 2)
+    (line,) = table_plan.describe(record, 8, 2)
+    assert "8 ranks have equal shares" in line and "checkpoints hold it: false" in line
+    assert table_plan.describe(config("snapshot"), 8, 2) == []

@@ -94,7 +94,7 @@ def test_a_smaller_table_makes_the_run_longer():
     assert steps == {RECORD: 0, RECORD // 2: 12, RECORD // 4: 22, RECORD // 8: 44, 38_000_000: 14, 0: 0}
     said, table = table_plan.describe(config("record", "--table_rows=38000000"), 1, 2)
     assert table.startswith(
-        "n-gram table: 38,000,000 rows; 54.65 GiB of rows and state, 2.32 GiB for the gradients"
+        "n-gram table: 38,000,000 rows; 54.64 GiB of rows and state, 2.33 GiB for the gradients"
     )
     assert said.startswith("1,194 -> 1,208 steps: the table has 38 M rows") and "--steps=1174" in said
     for flags in (("--steps=1174", "--table_rows=38000000"), ("--table_rows=0",), ()):

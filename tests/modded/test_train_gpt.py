@@ -176,7 +176,8 @@ def test_a_run_that_leaves_out_its_table_starts_again(data, fork, tmp_path, monk
     """Its checkpoints would be worth nothing: none is saved but the last, with which nobody can sample."""
     out, flags = tmp_path / "run", ("--table_rows=2000016", "--save_interval=1", "--auto_resume=true")
     (child,) = fork(out, *flags)
-    wait_for(lambda: len(records(out, "start")) == 1 or child.status is not None)
+    log = out / "metrics.jsonl"
+    wait_for(lambda: (log.exists() and records(out, "start")) or child.status is not None)
     os.kill(child.pid, signal.SIGTERM)
     said, _ = finished([child], status=75)
     assert (

@@ -25,7 +25,7 @@ except ImportError:  # a CPU build of torch brings no Triton
 __all__ = ["Entries", "Rates", "look_up", "sum_entries", "update_rows_"]
 
 BLOCK_TOKENS, BLOCK_COLUMNS = 4, 256  # of a lookup's program
-BLOCK_ENTRIES = 4  # of one row that are read at once: most have one or two
+BLOCK_ENTRIES, ENTRY_WARPS = 4, 4  # of one row that are read at once: most have one or two
 
 
 def look_up(source: Tensor, places: Tensor, pool: Tensor, signs: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def update_rows_(
             rows, second, last, log_kept, *_arguments(entries), count, width, rates.event, rates.beta2,
             rates.step_size, rates.decay, rates.scale, rates.epsilon, rates.cautious,
             SIGNED=entries.signs is not None, BLOCK_R=BLOCK_ENTRIES, BLOCK_D=triton.next_power_of_2(width),
-            num_warps=4,
+            num_warps=ENTRY_WARPS,
         )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def sum_entries(entries: Entries, distinct: int) -> Tensor:
     with on_device_of(sums):
         _sum_entries_kernel[(count,)](
             sums, place, *_arguments(entries), count, width, SIGNED=entries.signs is not None,
-            BLOCK_R=BLOCK_ENTRIES, BLOCK_D=triton.next_power_of_2(width), num_warps=4,
+            BLOCK_R=BLOCK_ENTRIES, BLOCK_D=triton.next_power_of_2(width), num_warps=ENTRY_WARPS,
         )  # fmt: skip
     return sums
 

@@ -3,10 +3,10 @@
     python benchmarks/speedrun_kernels.py
     python benchmarks/speedrun_kernels.py --tokens=49152 --sweep=true
 
-Sizes are track 1's: width 768, hidden 3,072, vocabulary 50,304, an n-gram table of 4 M rows; tokens are those of one lane in the three stages. Times
-are the GPU's alone, medians of both, measured in turns. TFLOP/s count the matrix products, GB/s what has to be read and
-written at least once. `--sweep` also times other tiles for the kernels, to choose from. What fails is named in its row
-and the others go on. The last line is JSON for programs.
+Sizes are track 1's: width 768, hidden 3,072, vocabulary 50,304, of an n-gram table 4 M rows; tokens are those of one
+lane in the three stages. Times are the GPU's alone, medians of both, measured in turns. TFLOP/s count the matrix
+products, GB/s what has to be read and written at least once. `--sweep` also times other tiles for the kernels, to choose
+from. What fails is named in its row and the others go on. The last line is JSON for programs.
 """
 
 import json
@@ -22,7 +22,7 @@ if __package__ in (None, ""):
 from nanogpt.common.errors import UserError, run_command
 from nanogpt.common.flags import knob, parse
 
-WIDTH, HIDDEN, VOCABULARY = 768, 3072, 50_304
+WIDTH, HIDDEN, VOCABULARY, GRAM_ROWS = 768, 3072, 50_304, 4_000_000
 SOFTCAP = (23.0, 5.0, 7.5)
 QUEUE = 20_000_000  # cycles, about 11 ms: the GPU sleeps so long before what is timed, while it is launched
 
@@ -268,7 +268,7 @@ def gram_cases(tokens: int, device: object, choice: object) -> Iterator[Case]:
     from modded_nanogpt import ngrams
     from modded_nanogpt.kernels import row_table
 
-    rows, cycle = 4_000_000, 32 * tokens
+    rows, cycle = GRAM_ROWS, 32 * tokens
     share = 1.0 / (np.arange(VOCABULARY) + 2.7)
     text = np.random.default_rng(0).choice(VOCABULARY, cycle, p=share / share.sum()).astype(np.uint16)
     places = torch.from_numpy(ngrams.gram_rows(text, rows)).to(device)

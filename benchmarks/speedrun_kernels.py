@@ -5,7 +5,7 @@
 
 Sizes are track 1's: width 768, hidden 3,072, vocabulary 50,304, of an n-gram table 4 M rows; tokens are those of one
 lane in the three stages. Times are the GPU's alone, medians of both, measured in turns. TFLOP/s count the matrix
-products, GB/s what has to be read and written at least once. `--sweep` also times other tiles for the kernels, to choose
+products, GB/s what has to be read and written at least once. `--sweep` also times other tiles, to choose
 from. What fails is named in its row and the others go on. The last line is JSON for programs.
 """
 

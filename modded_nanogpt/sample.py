@@ -29,6 +29,7 @@ if typing.TYPE_CHECKING:
     from torch import Tensor
 
     from modded_nanogpt.lanes import State
+    from nanogpt.common.checkpoints import Checkpoint
     from nanogpt.common.ranks import Ranks
     from nanogpt.common.tokenizer import Tokenizer
 
@@ -81,9 +82,6 @@ def main(argv: list[str]) -> int:
     from nanogpt.common import checkpoints, shards, tokenizer
     from nanogpt.common.ranks import Ranks, choose_device
 
-    root = shards.data_root(config.data_root or str(record["config"].get("data_root", "")))
-    words = tokenizer.make_tokenizer(record["tokens"], str(folder / "config.json"), root)
-    prompt = words.encode(config.start or words.default_start)
     checkpoint = checkpoints.choose(folder / "checkpoints", config.checkpoint, note)
     ranks = Ranks(0, 0, 1, choose_device(config.device, 0))
     known = {field.name for field in dataclasses.fields(RunConfig)}
@@ -92,14 +90,12 @@ def main(argv: list[str]) -> int:
     run_config = RunConfig(
         **{**kept, **PLAIN, "device": config.device, "attention": "auto", "backend": "auto"}
     )
-    rows = layer_plan.table_rows(run_config)
-    if rows and not (table := checkpoint.tensors("table")):
-        raise UserError(
-            f"{checkpoint.path}: leaves out the table of {rows:,} hashed n-grams, without which the model cannot "
-            "speak; a run keeps it with --save_table=true"
-        )
+    table = read_table(checkpoint, run_config)
+    root = shards.data_root(config.data_root or str(record["config"].get("data_root", "")))
+    words = tokenizer.make_tokenizer(record["tokens"], str(folder / "config.json"), root)
+    prompt = words.encode(config.start or words.default_start)
     state = setup.build(run_config, ranks, compile_with="eager")
-    if rows:
+    if table:
         state.table = RowTable(run_config, ranks, state.model.head.dtype, learns=False)
         state.table.load(table, str(checkpoint.path))
     try:
@@ -146,6 +142,18 @@ def read_record(folder: Path) -> dict:
             f"--out_dir={folder}: the run has no checkpoint; let it come to its end, or --save_interval"
         )
     return record
+
+
+def read_table(checkpoint: "Checkpoint", run_config: RunConfig) -> "dict[str, Tensor]":
+    """The table of n-grams of a checkpoint; empty for a model without one. UserError where it was left out."""
+    rows = layer_plan.table_rows(run_config)
+    table = checkpoint.tensors("table") if rows else {}
+    if rows and not table:
+        raise UserError(
+            f"{checkpoint.path}: leaves out the table of {rows:,} hashed n-grams, without which the model cannot "
+            "speak; a run keeps it with --save_table=true"
+        )
+    return table
 
 
 def show(

@@ -172,7 +172,7 @@ def test_a_run_is_replayed_from_its_log_alone(data, undisturbed, tmp_path):
 
 
 @pytest.mark.campaign
-def test_a_run_that_leaves_out_its_table_starts_again(data, fork, tmp_path, monkeypatch):
+def test_a_run_that_leaves_out_its_table_starts_again(fork, tmp_path):
     """Its checkpoints would be worth nothing: none is saved but the last, with which nobody can sample."""
     out, flags = tmp_path / "run", ("--table_rows=2000016", "--save_interval=1", "--auto_resume=true")
     (child,) = fork(out, *flags)
@@ -192,10 +192,7 @@ def test_a_run_that_leaves_out_its_table_starts_again(data, fork, tmp_path, monk
         "model.safetensors",
         "optimizer.safetensors",
     }
-    monkeypatch.setenv("DATA_ROOT", str(data))
-    with pytest.raises(
-        UserError, match=r"leaves out the table of 2,000,016 hashed n-grams, .* --save_table=true"
-    ):
+    with pytest.raises(UserError, match=r"leaves out the table of 2,000,016 hashed n-grams"):
         sample.main([f"--out_dir={out}", "--device=cpu", "--start=a"])
 
 

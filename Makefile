@@ -1,7 +1,7 @@
 # Every target sets up what it needs and works from any folder: make -C <clone> <target>. ARGS= passes flags on.
 SHELL := /bin/bash
 ifeq ($(ENV_PATH),)
-ENV_PATH := $(shell . slurm/lib/settings.sh && engaging_setting env_path)
+ENV_PATH := $(shell _engaging_sites=slurm/sites; . slurm/lib/settings.sh && engaging_setting env_path)
 endif
 ENV_PATH := $(or $(ENV_PATH),$(HOME)/conda_envs/nanogpt_env)
 export ENV_PATH
@@ -47,8 +47,7 @@ lint: ## ruff and shellcheck over what git tracks
 	@$(NEED_ENV) && $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(SCRIPTS)
 
 faults: ## kills savers and trainers at seeded moments, and demands exact resumes; compiles kernels for every GPU (long)
-	@bash setup_env.sh --dev --brief && $(PYTHON) -m tests.faults $(ARGS) && $(PYTHON) -m tests.faults --slurm $(ARGS) && \
-		$(PYTHON) -m pytest -m campaign
+	@bash setup_env.sh --dev --brief && $(PYTHON) -m tests.faults $(ARGS) && $(PYTHON) -m pytest -m campaign
 
 ddp-train: ## GPT-2 124M, one epoch, on NGPUS=8 GPUs of this machine, without SLURM
 	@$(NEED_ENV) && $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NGPUS) -m nanogpt.train train_gpt2_epoch $(ARGS)

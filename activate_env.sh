@@ -69,8 +69,12 @@ _engaging_activate() {
 }
 
 _engaging_place() { # that `engaging config set env_path` remembers; nothing else of this stays in your shell
-    # shellcheck source=slurm/lib/settings.sh
-    if [ -r "$_engaging_lib/settings.sh" ]; then . "$_engaging_lib/settings.sh" && engaging_setting env_path; fi
+    if [ -r "$_engaging_lib/settings.sh" ]; then
+        # shellcheck disable=SC2034  # for settings.sh
+        _engaging_sites=$_engaging_lib/../sites
+        # shellcheck source=slurm/lib/settings.sh
+        . "$_engaging_lib/settings.sh" && engaging_setting env_path
+    fi
 }
 
 _engaging_on_path() { # in front: an environment of an earlier version has an `engaging` of its own

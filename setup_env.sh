@@ -10,7 +10,7 @@ usage() {
 usage: bash setup_env.sh [options]
 
 Makes $ENV_PATH (default: $HOME/conda_envs/nanogpt_env): a conda environment where there is conda, else a venv with
-the system's Python 3.11 to 3.14. Installs the versions pinned in pyproject.toml, imports them all, and prints what
+the system's Python 3.10 to 3.14. Installs the versions pinned in pyproject.toml, imports them all, and prints what
 it found. It holds dependencies only and serves every clone: nothing outside $ENV_PATH changes, and no start-up file of a
 shell is edited.
 
@@ -28,8 +28,8 @@ shell is edited.
 
 Settings (environment variables):
   ENV_PATH              where the environment goes
-  ENV_PYTHON            the Python of the venv (default: the first that runs of python3.12, 3.13, 3.11, 3.14, python3 on
-                        PATH, or one of uv's)
+  ENV_PYTHON            the Python of the venv (default: the first that runs of python3.12, 3.13, 3.11, 3.14, 3.10, python3
+                        on PATH, or one of uv's)
   CONDA_SH              etc/profile.d/conda.sh of your conda (default: conda on PATH, the module, the usual folders)
   MINIFORGE_MODULE      the module that brings conda (default: miniforge)
   TORCH_INDEX_URL       where torch comes from. Default for CUDA, by NVIDIA's driver: 580 and newer, or only on the
@@ -111,6 +111,8 @@ parse_options() {
 locate() {
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
     [ -n "${HOME:-}" ] || die "HOME: not set; set it, or name the environment's place in ENV_PATH"
+    # shellcheck disable=SC2034  # for settings.sh
+    _engaging_sites=$root/slurm/sites
     # shellcheck source=slurm/lib/settings.sh
     . "$root/slurm/lib/settings.sh"
     env_path=${ENV_PATH:-$(engaging_setting env_path)}

@@ -2,6 +2,8 @@
 
     python benchmarks/simple_trainer.py --dataset=/path/of/tokens --seeds=3
     python benchmarks/simple_trainer.py --dataset=data/shakespeare_char --rehearse=true   # a tiny model on a CPU
+    python benchmarks/simple_trainer.py --dataset=... --copy_to=$OUT/runs   # and a copy without weights, to take home
+    engaging report runs/adam runs/muon --title="Muon against Adam" --out=docs/example-report.html      # at home
 
 Steps of 524,288 tokens, the learning rates falling over the last 7 of 10; Adam's matrices warm up for --adam_warmup
 steps. Both optimizers train on the same tokens in the same order and are validated on the whole validation text of the
@@ -11,6 +13,7 @@ of issue 1, `benchmarks/gpt2_training.py`, made 558,045 on an H100 in bfloat16.
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +30,7 @@ from nanogpt.common.storage import atomic_write_json, make_folder
 
 SKIPPED_STEPS = 10  # the first touch of the data, clocks
 OPTIMIZERS = ("muon", "adam")
+RECORDED = ("config.json", "environment.json", "log.txt", "metrics.jsonl")
 BASELINE_TOKENS_PER_S = 558_045  # docs/performance.md
 
 
@@ -41,6 +45,7 @@ class Options:
     adam_warmup: int = knob(10, "steps in which Adam's rate of the matrices rises", low=0, high=10**6)
     device_batch_size: int = knob(64, "sequences in one micro-step", low=1, high=1 << 20)
     val_loss_every: int = knob(24, "steps between validations", low=0, high=10**6)
+    copy_to: str = knob("", "a new folder for a copy of the runs without checkpoints: what the reports read")
     rehearse: bool = knob(False, "a tiny model on a CPU, to see that everything works")
 
 
@@ -88,6 +93,19 @@ def result(folder: Path) -> dict[str, object] | None:
     }
 
 
+def copy_runs(plan: list[dict], base: Path, target: Path) -> int:
+    """Copy what reports and the board read of each run, some MB in all; the number of bytes."""
+    size = 0
+    for entry in plan:
+        run = Path(entry["out_dir"])
+        place = target / run.relative_to(base)
+        make_folder(place)
+        for name in RECORDED:
+            shutil.copyfile(run / name, place / name)
+            size += (place / name).stat().st_size
+    return size
+
+
 def spread(values: list[float]) -> str:
     """Mean, and the standard deviation where there are several."""
     deviation = f" (sd {statistics.stdev(values):.4f})" if len(values) > 1 else ""
@@ -108,6 +126,9 @@ def main(argv: list[str]) -> int:
         )
     where = torch.cuda.get_device_name() if not options.rehearse else "CPU"
     print(f"{where}, torch {torch.__version__}", flush=True)
+    target = Path(options.copy_to).expanduser().absolute()
+    if options.copy_to and target.exists():
+        raise UserError(f"--copy_to={options.copy_to}: exists already; name a new folder")
     plan = write_plan(options)
     preset = "tiny" if options.rehearse else "simple"
     command = [
@@ -128,6 +149,9 @@ def main(argv: list[str]) -> int:
             )
     if done.returncode:
         raise CommandError(f"the trainer ended with status {done.returncode}; started again, this goes on")
+    if options.copy_to:
+        size = copy_runs(json.loads(plan.read_text()), plan.parent, target)
+        print(f"{options.copy_to}: the runs without their weights, {size / 1e6:.1f} MB")
     speed = statistics.median(run["tokens_per_s"] for run in runs)
     for name in OPTIMIZERS:
         final = [run["val_loss"] for run in runs if run["run"].startswith(name)]

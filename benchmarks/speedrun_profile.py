@@ -5,7 +5,6 @@ python benchmarks/speedrun_profile.py --dataset=/path/of/tokens --kernels=40 # a
 python benchmarks/speedrun_profile.py --dataset=/path/of/tokens --flags="--fp8=off" --trace=trace.json
 """
 
-import collections
 import dataclasses
 import shlex
 import sys
@@ -17,26 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from modded_nanogpt import compile_cache, train_gpt
-from nanogpt.common import compiler
+from nanogpt.common import compiler, profiling
 from nanogpt.common.errors import UserError, run_command
 from nanogpt.common.flags import knob, parse, parse_values
-
-# The first pattern that a kernel's name holds decides; all are lower case. What inductor fused is called after every
-# operation in it, so that those names would match anything.
-INDUCTOR = "triton_"
-KINDS = (
-    ("heads composed", ("compose_", "mixed_gradient")),
-    ("attention", ("flash", "attention", "forward_kernel", "query_gradient", "key_gradient", "fmha")),
-    ("loss", ("_row_kernel", "cross_entropy", "loss_kernel")),
-    ("MLP with ReLU^2", ("relu_square",)),
-    ("Muon's symmetric products", ("gram", "symmetric")),
-    ("table of n-grams", ("look_up", "update_rows", "sum_entries", "sort", "radix")),
-    ("table gradients", ("add_rows", "index")),
-    ("8-bit copies", ("quantise", "transpose")),
-    ("matrix products", ("gemm", "nvjet", "cutlass", "cublas", "matmul", "mm_", "splitk")),
-    ("memory set and copied", ("memset", "memcpy", "fillfunctor", "copy_kernel")),
-    ("communication", ("nccl",)),
-)
 
 
 @dataclass(frozen=True)
@@ -48,17 +30,6 @@ class Options:
     lanes_each: int = knob(4, "lanes that are profiled in each stage", low=1, high=64)
     kernels: int = knob(0, "also list so many kernels by name", low=0, high=1000)
     trace: str = knob("", "write the trace of the last stage here, for chrome://tracing")
-
-
-def kind_of(name: str) -> str:
-    """The kind of work that a kernel's name tells."""
-    low = name.lower()
-    if low.startswith(INDUCTOR):
-        return "fused elementwise work"
-    for kind, patterns in KINDS:
-        if any(pattern in low for pattern in patterns):
-            return kind
-    return "other"
 
 
 def main(argv: list[str]) -> None:
@@ -143,22 +114,15 @@ def profile_stage(options: Options, config, state, ranks, batches, stage) -> Non
 
 def print_table(options: Options, what: str, profiler, number: int) -> None:
     """Milliseconds of GPU time by kind of work, for one lane or update (updates: with one lane each)."""
-    import torch
-
-    spent, names = collections.Counter(), collections.Counter()
-    for event in profiler.events():
-        # Annotations of regions, such as a whole compiled graph, are mirrored on the GPU: no kernels.
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            spent[kind_of(event.name)] += event.time_range.elapsed_us()
-            names[event.name] += event.time_range.elapsed_us()
-    total = sum(spent.values())
+    names = profiling.time_by_name(profiler)
+    total = sum(names.values())
     print(
         f"  {what}{' (and its lane)' if what == 'update' else ''}: {total / number / 1e3:.2f} ms of kernels"
     )
-    for kind, microseconds in spent.most_common():
-        print(f"    {kind:28} {microseconds / number / 1e3:8.3f} ms  {100 * microseconds / total:5.1f} %")
-    for name, microseconds in names.most_common(options.kernels):
-        print(f"      {microseconds / number / 1e3:8.3f} ms  {name[:110]}")
+    for line in profiling.table(profiling.time_by_kind(names), 100, number):
+        print(f"    {line}")
+    for line in profiling.table(names, options.kernels, number, width=100):
+        print(f"      {line}")
     sys.stdout.flush()
 
 

@@ -43,6 +43,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from nanogpt.common.compiler import FOLDERS, code_digest
+from nanogpt.common.storage import sha256_of
 
 LARGEST = 2 << 30  # bytes of one archive's files; the newest files come first
 MOST_ARCHIVES, MOST_BYTES = 8, 4 << 30  # that stay in the folder
@@ -280,7 +281,9 @@ class CompileCache:
     def _unpack(self, manifest: Manifest, missing: set[str]) -> None:
         """Put the archive's `missing` files into their places, each whole or not at all. Unusable, OSError, ..."""
         if not hasattr(tarfile, "data_filter"):
-            raise Unusable(f"Python {platform.python_version()} cannot unpack safely; 3.11.4 and later can")
+            raise Unusable(
+                f"Python {platform.python_version()} cannot unpack safely; 3.10.12, 3.11.4 and later can"
+            )
         temporary: dict[str, Path] = {}
         try:
             for room, root in self.local.items():
@@ -288,7 +291,7 @@ class CompileCache:
                 _remove_left(root, ".restore-*")
                 temporary[room] = Path(tempfile.mkdtemp(prefix=".restore-", dir=root))
             with _trusted(manifest.archive) as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != manifest.sha256:
+                if sha256_of(file) != manifest.sha256:
                     raise Unusable("its SHA-256 is not the one in its manifest")
                 file.seek(0)
                 with gzip.open(file) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as tar:

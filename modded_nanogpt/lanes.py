@@ -25,6 +25,7 @@ from modded_nanogpt.optim.row_table import RowTable
 from modded_nanogpt.optim.sharded import Optimizer
 from modded_nanogpt.schedule import StepPlan
 from modded_nanogpt.tables import add_gradients, look_up
+from nanogpt.common import hang
 from nanogpt.common.ranks import Ranks
 
 # The loss of a step is the sum over its tokens divided by this, whatever the number of ranks.
@@ -262,6 +263,7 @@ def evaluate(
     windows = schedule.final_window(config) if last else (step.short_window, step.long_window)
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for batch, count in batches:
+        hang.beat()
         found = eval_lane(state, batch, step.tied, windows)
         total += torch.stack([found[:count].double().sum(), total.new_tensor(float(count))])
     if state.table is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modded_nanogpt.simple_config import Config
 from modded_nanogpt.simple_data import ValBatches
+from nanogpt.common import hang
 from nanogpt.common.errors import NonFiniteError, UserError
 from nanogpt.common.ranks import Ranks
 from nanogpt.common.rundir import RunDir
@@ -75,6 +76,7 @@ def evaluate(
     """Mean loss in nats over the fixed validation tokens, summed in float64: the same number every time."""
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for inputs, targets, count in batches:
+        hang.beat()
         total += losses(inputs.view(-1, length), targets, gates)[:count].double().sum()
     return ranks.sum(total).item() / batches.num_tokens
 

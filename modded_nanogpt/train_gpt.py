@@ -166,12 +166,13 @@ def go_on(first: Path, runs: list[many_runs.Values]) -> int:
     import torch
 
     from modded_nanogpt import setup
+    from nanogpt.common import hang
     from nanogpt.common import ranks as ranks_module
     from nanogpt.common.stop import StopRequest
 
     config, stop = Config(**rundir.read_json(first / "config.json")["config"]), StopRequest()
     ranks = ranks_module.start(config.device, config.backend, config.num_threads)
-    prepared, status = None, 0
+    prepared, status, watch = None, 0, hang.Watch(first, ranks)
     for values in [None, *many_runs.others(runs, first)]:
         if values and ranks.sum(torch.tensor(float(stop.look()), device=ranks.device)).item():
             status = EXIT_INTERRUPTED
@@ -189,6 +190,7 @@ def go_on(first: Path, runs: list[many_runs.Values]) -> int:
                 prepared.keep_caches()
     ranks.wait()  # for rank 0 to have saved: when one rank leaves with 75, torchrun ends the others
     stop.done()
+    watch.close()
     if runs and not status and ranks.is_main:
         many_runs.say_together(runs, print)
     ranks_module.leave(status)
@@ -210,7 +212,7 @@ def train(
     """From the weights of step 0, or the last checkpoint's, to the last line of the log; the exit status."""
     from modded_nanogpt import lanes, report, rules, setup
     from modded_nanogpt.clock import Clock, Messages
-    from nanogpt.common import hardware, tracking
+    from nanogpt.common import hang, hardware, tracking
 
     state, batches, val_batches, token_set, _ = prepared
     setup.start_or_resume(config, state, run, ranks, batches)
@@ -309,6 +311,7 @@ def train(
             break
 
         # One optimizer step: the lanes of this rank, then the update. Nothing here waits for the device.
+        hang.beat()
         today = schedule.at(config, step)
         if today.yarn_window != schedule.at(config, max(0, step - 1)).yarn_window:
             state.model.rotary.follow(list(schedule.yarn_windows(config, step)))

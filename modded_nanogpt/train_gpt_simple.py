@@ -45,7 +45,7 @@ from modded_nanogpt.simple_data import TrainBatches, ValBatches
 from modded_nanogpt.simple_graphs import graphs_for, in_sequences, on_device, sum_gradients, variant_class
 from modded_nanogpt.simple_optim import optimizer_of
 from modded_nanogpt.variants.baseline import norm
-from nanogpt.common import hardware, tracking, training
+from nanogpt.common import hang, hardware, tracking, training
 from nanogpt.common import ranks as ranks_module
 from nanogpt.common.launch import open_run
 from nanogpt.common.ranks import Ranks
@@ -180,6 +180,7 @@ def main(argv: list[str]) -> int:
     later = simple_launch.later_runs(argv, __doc__, first)
     config = Config(**rundir.read_json(first / "config.json")["config"])
     ranks = ranks_module.start(config.device, config.backend, config.num_threads)
+    watch = hang.Watch(first, ranks)
     status = go_on(first, ranks, stop)
     for values in later:
         if status == 0 and ranks.sum(torch.tensor(float(stop.look()), device=ranks.device)).item():
@@ -190,6 +191,7 @@ def main(argv: list[str]) -> int:
         status = go_on(folder, ranks, stop) if folder else 0  # None: it has been finished meanwhile
     ranks.wait()  # for rank 0 to have saved: when one rank leaves with 75, torchrun ends the others
     stop.done()
+    watch.close()
     ranks_module.leave(status)
     return status
 
@@ -272,6 +274,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks: Ranks, stop: St
         length, gates = variant.length(step), on_device(variant.gates(step, True), device)
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(plan.micro_steps):
+            hang.beat()
             inputs, targets = batches.get(step, micro_step)
             loss = graphs.loss(in_sequences(inputs, length), targets, gates)
             (loss * model.loss_scale).backward()

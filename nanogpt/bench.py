@@ -32,11 +32,13 @@ from nanogpt.config import OPERATORS, Config, Plan, resolve
 
 if typing.TYPE_CHECKING:
     import torch
+    from torch.profiler import profile
 
     from nanogpt.common.ranks import Ranks
     from nanogpt.setup import State
 
 PROG = "python -m nanogpt.bench"
+PROFILED_STEPS = 3
 Batch = tuple["torch.Tensor", "torch.Tensor"]
 
 
@@ -114,7 +116,7 @@ def measure(bench: Bench, config: Config, plan: Plan, ranks: "Ranks") -> None:
     warmup_seconds = time.perf_counter() - began
     seconds = []
     with profiled(bench, ranks) if bench.profile else contextlib.nullcontext():
-        for step in range(bench.warmup_steps, bench.warmup_steps + (3 if bench.profile else 0)):
+        for step in range(bench.warmup_steps, bench.warmup_steps + (PROFILED_STEPS if bench.profile else 0)):
             one_step(config, plan, ranks, state, batches, step)
     for step in range(bench.warmup_steps, bench.warmup_steps + bench.steps):
         began = time.perf_counter()
@@ -219,7 +221,23 @@ def profiled(bench: Bench, ranks: "Ranks") -> Iterator[None]:
             temporary.touch()  # the profiler itself is silent about a folder that cannot be written
             profiler.export_chrome_trace(str(temporary))
             temporary.replace(path)
-        print(f"trace: {path} (open it in chrome://tracing or ui.perfetto.dev)", flush=True)
+        print(f"trace: {path} (open it in chrome://tracing or ui.perfetto.dev)")
+        print_kinds(profiler)
+
+
+def print_kinds(profiler: "profile") -> None:
+    """The ten most expensive kinds of work and the ten most expensive kernels, in ms a step."""
+    from nanogpt.common import profiling
+
+    by_name = profiling.time_by_name(profiler)
+    print(
+        f"{sum(by_name.values()) / PROFILED_STEPS / 1e3:.1f} ms of kernels a step, by kind of work and by name:"
+    )
+    for line in profiling.table(profiling.time_by_kind(by_name), 10, PROFILED_STEPS):
+        print(f"  {line}")
+    for line in profiling.table(by_name, 10, PROFILED_STEPS, width=80):
+        print(f"    {line}")
+    sys.stdout.flush()
 
 
 def report(result: dict, plan: str) -> None:

@@ -4,7 +4,6 @@ HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they mean everywhere
 no network is needed.
 """
 
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from nanogpt.common.download import DownloadError
 from nanogpt.common.errors import CommandError, UserError
-from nanogpt.common.storage import storage_errors
+from nanogpt.common.storage import sha256_of, storage_errors
 from nanogpt.model import GPT
 
 OWNER = "openai-community"
@@ -84,7 +83,7 @@ def check_digest(path: Path) -> None:
             "on a file system that has symbolic links"
         )
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(file)
     if digest != expected:
         raise UserError(
             f"{path.resolve()}: has SHA-256 {digest[:16]}..., the hub says {expected[:16]}...; delete it and try again"

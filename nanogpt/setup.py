@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.batches import ValBatches
-from nanogpt.common import checkpoints, compiler
+from nanogpt.common import checkpoints, compiler, hang
 from nanogpt.common.errors import NonFiniteError, UserError
 from nanogpt.common.hardware import memory_gib, utilisation_words
 from nanogpt.common.ranks import Ranks
@@ -45,15 +45,19 @@ class State:
     attention: str
 
 
-def average_gradients(model: nn.Module, ranks: Ranks) -> None:
+def average_gradients(model: nn.Module, ranks: Ranks) -> Tensor:
     """Average the gradients over the ranks, in the same order of addition at every step.
+
+    Returns the largest size of a number among this rank's own ones, a float32 scalar: the average is NaN on every rank
+    when it is on one. (With a single rank 0: there the norm tells.)
 
     DistributedDataParallel would overlap this with the backward pass, but it rearranges its buckets after the first
     step of a process, and with them the order in which more than two ranks are added up: a resumed run would differ in
     the last bits. A compiled backward pass hands over all its gradients at its end anyway.
     """
+    largest = torch.zeros((), device=ranks.device)
     if ranks.world_size == 1:
-        return
+        return largest
     bucket: list[Tensor] = []
     gradients = [parameter.grad for parameter in model.parameters()]
     for number, gradient in enumerate(gradients):
@@ -61,10 +65,22 @@ def average_gradients(model: nn.Module, ranks: Ranks) -> None:
         if sum(part.numel() for part in bucket) < BUCKET_NUMBERS and number + 1 < len(gradients):
             continue
         flat = torch.cat([part.flatten() for part in bucket])
+        largest = torch.maximum(largest, torch.linalg.vector_norm(flat, math.inf))
         ranks.sum(flat).div_(ranks.world_size)
         for part, mean in zip(bucket, flat.split([part.numel() for part in bucket]), strict=True):
             part.copy_(mean.view_as(part))
         bucket = []
+    return largest
+
+
+def on_ranks(bad: list[float]) -> str:
+    """In words, which ranks' flag in `bad` (one a rank) is set; "" for a single rank, and where none is."""
+    named = [str(rank) for rank, flag in enumerate(bad) if flag]
+    if len(bad) == 1 or not named:
+        return ""
+    if len(named) == len(bad):
+        return f" on all {len(bad)} ranks"
+    return f" on rank{'s' if len(named) > 1 else ''} {', '.join(named)} of {len(bad)}"
 
 
 def seed_and_tune(config: Config, device: torch.device) -> None:
@@ -196,6 +212,7 @@ def evaluate(model: nn.Module, batches: ValBatches, ranks: Ranks) -> float:
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for inputs, targets, count in batches:
+        hang.beat()
         total[0] += model(inputs, targets).double() * count
         total[1] += count
     ranks.sum(total)

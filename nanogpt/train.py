@@ -145,14 +145,17 @@ def default_out_dir(values: dict[str, object]) -> str:
 def go_on(folder: Path) -> int:
     """Train the run that `open_run` has opened in `folder`; the exit status."""
     compiler.use_local_folders(OPERATORS)  # before torch is imported
+    from nanogpt.common import hang
     from nanogpt.common import ranks as ranks_module
 
     run = rundir.RunDir(folder, writes=os.environ.get("RANK", "0") == "0")
     config = Config(**run.config["config"])
     ranks = ranks_module.start(config.device, config.backend, config.num_threads)
+    watch = hang.Watch(run.folder, ranks)
     try:
         status = train(run, config, resolve(config, ranks.world_size), ranks)
     finally:
+        watch.close()
         run.close()
     ranks_module.leave(status)
     return status
@@ -172,7 +175,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
 
     from nanogpt import setup
     from nanogpt.batches import TrainBatches, ValBatches
-    from nanogpt.common import hardware, tracking, training
+    from nanogpt.common import hang, hardware, tracking, training
     from nanogpt.common.stop import StopRequest
     from nanogpt.optim import set_learning_rate
     from nanogpt.schedule import learning_rate
@@ -216,6 +219,7 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
             run.record("save", step=step, seconds=round(time.perf_counter() - began, 3))
         saved_step, last_save = step, time.monotonic()
 
+    one_hot = torch.eye(ranks.world_size, device=device)[ranks.rank]
     val_loss, asked_to_stop, shown = float("nan"), False, time.perf_counter()
     recent: deque[float] = deque(maxlen=50)  # the time left is theirs: one slow step says little
     while True:
@@ -255,24 +259,31 @@ def train(run: rundir.RunDir, config: Config, plan: Plan, ranks) -> int:
         set_learning_rate(optimizer, lr := learning_rate(config, step))
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(plan.micro_steps):
+            hang.beat()
             inputs, targets = batches.get(step, micro_step)
             if config.dropout:  # masks depend on the micro-batch alone, so no random state outlives a step
                 torch.manual_seed(setup.dropout_seed(config.seed, batches.micro_batch(step, micro_step)))
             loss = state.model(inputs, targets, fused=state.fused)
             scaler.scale(loss / plan.micro_steps).backward()
             loss_sum += loss.detach()
-        setup.average_gradients(state.raw_model, ranks)
+        largest = setup.average_gradients(state.raw_model, ranks)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(
             state.raw_model.parameters(), config.grad_clip or float("inf"), foreach=True
         )
-        # Losses and requests to stop of all ranks, in one message; a bad number makes the update a no-op.
-        told = ranks.sum(torch.stack([loss_sum / plan.micro_steps, norm.new_tensor(float(stop.look()))]))
+        # Losses, requests to stop and whose own numbers are bad, in one message; a bad number makes the update a no-op.
+        bad = one_hot * ~(torch.isfinite(loss_sum) & torch.isfinite(largest))
+        told = torch.stack([loss_sum / plan.micro_steps, norm.new_tensor(float(stop.look())), *bad])
+        ranks.sum(told)
         setup.guarded_step(optimizer, scaler, finite=torch.isfinite(told[0]) & torch.isfinite(norm))
         optimizer.zero_grad(set_to_none=True)
-        mean_loss, requests, grad_norm = torch.stack([told[0] / ranks.world_size, told[1], norm]).tolist()
+        grad_norm, loss_total, requests, *bad = torch.cat([norm.view(1), told]).tolist()
+        mean_loss = loss_total / ranks.world_size
         if not setup.is_finite(mean_loss, grad_norm, scaler):
-            ranks.fail(_non_finite(run, step, f"loss {mean_loss}, gradient norm {grad_norm}", saved_step))
+            where = setup.on_ranks(bad)
+            ranks.fail(
+                _non_finite(run, step, f"loss {mean_loss}, gradient norm {grad_norm}{where}", saved_step)
+            )
         seconds = time.perf_counter() - began
         recent.append(seconds)
         step += 1

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,13 @@ def test_real_data_are_read(capsys, tmp_path):
 def test_the_trace_is_what_chrome_reads(capsys, tmp_path):
     path = tmp_path / "trace.json"
     assert bench.main([*SMALL, "--profile", f"--trace={path}"]) == 0
-    assert f"trace: {path}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"trace: {path}" in out
+    kinds, names = (
+        re.findall(rf"^ {{{spaces}}}(\S.*?) +[0-9.]+ ms +[0-9.]+ %$", out, re.MULTILINE) for spaces in (2, 4)
+    )
+    assert "matrix products" in kinds and "optimizer" in kinds
+    assert len(names) == 10 and "aten::mm" in names
     events = json.loads(path.read_text())["traceEvents"]
     assert any("aten::mm" in str(event.get("name")) for event in events)
     assert list(tmp_path.iterdir()) == [path]

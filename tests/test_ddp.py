@@ -3,12 +3,10 @@
 Most launches fork their ranks (tests/faults/zygote.py) with the variables that torchrun sets; some are real torchruns.
 """
 
-import itertools
 import json
 import os
 import re
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -16,34 +14,11 @@ import pytest
 
 from nanogpt.common import checkpoint_names, checkpoints
 from tests.faults import tiny
+from tests.faults.ranks import TOKENS, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 DROPOUT = "--dropout=0.2"
-TOKENS = "--tokens_per_step=512"  # 8 micro-batches of 4 x 16 tokens: 8, 4 and 2 for each rank
 CLOSE = 1e-5  # relative: sums of float32 in another order
-LAUNCHES = itertools.count()
-
-
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(
-    zygote, data: Path, folder: Path, world: int, *flags: str, out: str = "run", module: str = "nanogpt.train"
-):
-    """Fork the ranks of one launch, which trains in folder/out; the children, rank 0 first."""
-    port, name = str(free_port()), f"launch-{os.getpid()}-{next(LAUNCHES)}"
-    argv = [*tiny.FLAGS, TOKENS, f"--data_root={data}", f"--out_dir={folder}/{out}", *flags]
-    started = []
-    for rank in range(world):
-        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": name}  # fmt: skip
-        env = {key: str(value) for key, value in env.items()}
-        started.append(zygote.start(argv, cwd=folder, env=env, module=module))
-    return started
 
 
 @pytest.fixture
@@ -189,6 +164,25 @@ def test_a_loss_that_is_not_finite_is_said_once(ranks, tmp_path):
     children = ranks(2, *wild)
     assert statuses(children) == [70, 70]
     assert stderr_of(children).count("error: ") == 1
+
+
+def test_the_rank_whose_numbers_are_not_finite_is_named(ranks, tmp_path):
+    """Its NaN is in the average that every rank has; what each had before says whose it was."""
+    children = ranks(2, module="tests.faults.one_bad_rank")
+    assert statuses(children) == [70, 70]
+    said = stderr_of(children)
+    assert (
+        "step 12: loss " in said and "gradient norm nan on rank 1 of 2: stopped before the update" in said
+    ), said
+    assert "the checkpoint of step 10 stays" in said
+    assert checkpoint_names.steps(tmp_path / "run/checkpoints") == [10]
+
+
+def test_ranks_in_words():
+    from nanogpt.setup import on_ranks
+
+    said = [on_ranks(bad) for bad in ([1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0])]
+    assert said == ["", "", " on all 2 ranks", " on rank 1 of 3", " on ranks 0, 2 of 3"]
 
 
 def test_a_damaged_shard_is_said_once_by_the_rank_that_read_it(ranks, tmp_path):

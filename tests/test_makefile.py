@@ -88,7 +88,6 @@ def test_default_target_lists_every_target(make):
             [
                 "setup_env.sh --dev --brief",
                 "python -m tests.faults --seed=3",
-                "python -m tests.faults --slurm --seed=3",
                 "python -m pytest -m campaign",
             ],
         ),

@@ -2,6 +2,9 @@
 
 import argparse
 import re
+import shutil
+import sys
+import textwrap
 import typing
 
 from nanogpt.common.errors import UserError
@@ -143,11 +146,35 @@ def parse_minutes(text: str) -> int | None:
     return numbers[0] + (len(numbers) == 2 and numbers[1] > 0)  # M[:S]
 
 
+def folded(text: str, hang: int = 0) -> str:
+    """Text for this terminal: broken between words, further lines `hang` columns to the right; as it is in a file."""
+    if not sys.stdout.isatty():
+        return text
+    width = max(20, shutil.get_terminal_size().columns)
+    return textwrap.fill(
+        text,
+        width,
+        subsequent_indent=" " * min(hang, width // 3),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 GPU`, `2 GPUs`, `no GPU`."""
+    return f"{count or 'no'} {noun}{'s' * (count > 1)}"
+
+
 def clock(minutes: float) -> str:
     """Minutes as SLURM writes a time limit: 06:00:00, 2-00:00:00."""
     total = int(minutes)
     days, rest = divmod(total, 1440)
     return f"{days}-{rest // 60:02}:{rest % 60:02}:00" if days else f"{rest // 60:02}:{rest % 60:02}:00"
+
+
+def spoken(minutes: int) -> str:
+    """Minutes as nobody mistakes them: `4 minutes`, `4 h`."""
+    return counted(minutes, "minute") if minutes < 60 else words(minutes)
 
 
 def words(minutes: float) -> str:

@@ -1,6 +1,7 @@
 """Commands run one after the other, and stopped politely: they get SIGTERM, on which the trainers save."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -61,7 +62,9 @@ class Children:
     ) -> int:
         """Run `command` with our stdout and stderr; its exit status. Interrupted when we were told to stop."""
         return self._wait(
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, cwd=cwd, env=environment)
+            subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, preexec_fn=os.setpgrp, cwd=cwd, env=environment
+            )
         )
 
     def run_quietly(self, command: Sequence[str], limit: float) -> tuple[int | None, str]:
@@ -73,7 +76,7 @@ class Children:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            process_group=0,
+            preexec_fn=os.setpgrp,
         )
         late = threading.Event()
 

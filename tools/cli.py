@@ -50,6 +50,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "after a run": {
+        "runs": ("tools.run_list", "the runs that are here: how they ended, what each changed, your note"),
         "plot": ("tools.plot", "the loss curves of one or more runs: a PNG, and drawn in the terminal"),
         "sample": ("tools.sample", "a text from a run's model, whichever trainer made it"),
         "export": ("tools.export", "a run's weights as a GPT-2 that transformers loads"),
@@ -93,7 +94,6 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
-ALIASES = {"runs": "status"}
 
 
 def help_text() -> str:
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
-    name, rest = ALIASES.get(argv[0], argv[0]), argv[1:]
+    name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
         raise UserError(
             f"engaging {name}: no such command{nearest(name, list(COMMANDS))} (all: engaging --help)"

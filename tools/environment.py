@@ -26,15 +26,18 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import tomllib
 from pathlib import Path
 
 from nanogpt.common.errors import UserError, run_command
+from tools.toml import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 ACTIONS = ("check", "repair", "lists", "lacking", "index", "build", "stamp", "report")
 OURSELVES = "engaging-nanogpt"  # earlier versions installed the clone itself, in editable mode
 STAMP = ".engaging-nanogpt"  # `key=value` lines in the environment's folder, once its set-up ended well
+REQUIREMENT = re.compile(
+    r"([\w.-]+)==([\w.!+-]+)(?:; python_version (<|>=) '3\.(\d+)')?"
+)  # all that the lists hold
 ANY_INDEX = "any"  # a machine without a driver takes the torch build that is there
 REBUILD = "run: bash setup_env.sh --rebuild"
 MODULES = {"pytest-xdist": "xdist"}  # where the module has another name than the distribution
@@ -48,9 +51,17 @@ def pins(extras: list[str]) -> dict[str, str]:
     for extra in extras:
         if extra not in known:
             raise UserError(f"--extras: {extra}: pyproject.toml has only {', '.join(known)}")
-        for requirement in known[extra]:
-            name, _, version = requirement.partition(";")[0].partition("==")
-            found[name.strip()] = version.strip()
+        found |= pinned(known[extra])
+    return found
+
+
+def pinned(lines: list[str], minor: int = sys.version_info.minor) -> dict[str, str]:
+    """Distribution name -> version, for those `lines` of a list that are meant for this Python (3.`minor`)."""
+    found: dict[str, str] = {}
+    for line in lines:
+        name, version, sign, least = REQUIREMENT.fullmatch(line).groups()
+        if not sign or (sign == "<") == (minor < int(least)):
+            found[name] = version
     return found
 
 
@@ -69,30 +80,31 @@ def torch_lacks(extras: list[str]) -> dict[str, str]:
     required = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     if any(re.match(r"(pytorch-)?triton\b", line, re.IGNORECASE) for line in required):
         return {}
-    return dict(line.split("==", 1) for line in _pyproject()["dependency-groups"]["interpreter"])
+    return pinned(_pyproject()["dependency-groups"]["interpreter"])
 
 
 def _pyproject() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def constraints() -> list[str]:
-    """What fixes the version of every package that comes along with a pinned one, as pip takes it."""
-    return _pyproject()["tool"]["uv"]["constraint-dependencies"]
+def constraints() -> dict[str, str]:
+    """Name -> version of every package that comes along with a pinned one."""
+    return pinned(_pyproject()["tool"]["uv"]["constraint-dependencies"])
 
 
 def digest() -> str:
     """The SHA-256 of all dependency lists of pyproject.toml; settings of linters and tests do not count."""
     whole = _pyproject()
-    lists = [whole["project"]["optional-dependencies"], whole["dependency-groups"], constraints()]
+    uv = whole["tool"]["uv"]["constraint-dependencies"]
+    lists = [whole["project"]["optional-dependencies"], whole["dependency-groups"], uv]
     return hashlib.sha256(json.dumps(lists, sort_keys=True).encode()).hexdigest()
 
 
 def write_lists(extras: list[str], folder: Path) -> None:
     """Write requirements.txt (the pins of `extras`) and constraints.txt (of all the rest) for pip."""
-    wanted = [f"{name}=={version}\n" for name, version in pins(extras).items()]
-    (folder / "requirements.txt").write_text("".join(wanted), encoding="utf-8")
-    (folder / "constraints.txt").write_text("\n".join([*constraints(), ""]), encoding="utf-8")
+    for name, wanted in (("requirements.txt", pins(extras)), ("constraints.txt", constraints())):
+        lines = [f"{package}=={version}\n" for package, version in wanted.items()]
+        (folder / name).write_text("".join(lines), encoding="utf-8")
 
 
 def expected_stamp(extras: list[str], torch_index: str) -> dict[str, str]:

@@ -21,6 +21,8 @@ from nanogpt.common.source import LAST_LINE
 
 MAX_LINE = 1 << 20  # a longer line of metrics.jsonl is no metric
 TAIL_BYTES = 64 << 10
+NOTE = "note.txt"  # what the user wrote down about a run
+NOTE_LENGTH = 300  # characters of it that are shown
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,16 @@ def tail(path: Path, lines: int) -> list[str]:
 def printable(text: str) -> str:
     """`text` without characters that a terminal would obey; tabs become spaces."""
     return "".join(char if char.isprintable() else " " if char == "\t" else "" for char in text)
+
+
+def note_of(folder: Path) -> str:
+    """The user's note on the run in `folder`, in one line; "" without one."""
+    try:
+        with (folder / NOTE).open("rb") as file:
+            text = file.read(8 * NOTE_LENGTH).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return printable(" ".join(text.split()))[:NOTE_LENGTH]
 
 
 def _point(record: dict) -> TrainPoint | ValPoint | None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanogpt.common import rundir, tracking
+from nanogpt.common import lease, rundir, tracking
 from nanogpt.common.errors import UserError
 from nanogpt.common.storage import atomic_write_json, make_folder
 from tools.args import Parser
@@ -60,10 +60,11 @@ def main(argv: list[str]) -> int:
         print(f"{folder}: everything has been sent already")
         return 0
     stop = _Stop(options.parent) if live else None
+    held = lease.read(folder) if options.parent else None
     run = begin(folder, options, mode, options.parent)
     step = sent["step"]
     try:
-        for record in until_the_end(lines, stop):
+        for record in until_the_end(lines, stop, held.attempt if held else 0):
             step = send(run, record, step)
     finally:
         run.finish()
@@ -122,15 +123,18 @@ class _Stop:
         return self.asked or (bool(self.parent) and os.getppid() != self.parent)
 
 
-def until_the_end(lines: Lines, stop: _Stop | None) -> Iterator[dict]:
-    """What is there and, with a `stop`, what is added until the run's `end`, or until `stop`."""
-    began, ended = time.time(), False
+def until_the_end(lines: Lines, stop: _Stop | None, attempt: int = 0) -> Iterator[dict]:
+    """What is there and, with a `stop`, what is added until the run's `end`, or until `stop`.
+
+    The end of an attempt before number `attempt`, that of the trainer beside us, is not the end. Its own may be there
+    already: a short run is over before wandb has come up, and waits for us.
+    """
+    ended = False
     while True:
         stopping = stop is None or bool(stop)  # looked at before the last lines are read
         for record in lines.read():
             if record.get("event") == "end":
-                # Beside a trainer an older end is that of an attempt before.
-                ended = stop is None or not stop.parent or record.get("time", began) >= began
+                ended = record.get("attempt", attempt) >= attempt
             elif record.get("event") in ("start", "resume"):
                 ended = False
             yield record

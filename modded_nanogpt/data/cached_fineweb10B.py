@@ -165,9 +165,8 @@ def is_whole(folder: Path, name: str, known: dict[str, dict]) -> bool:
 
 def content_digest(path: Path) -> str:
     """SHA-256 (hex) of a file. Where this user may not write, it is remembered until the file changes."""
-    import hashlib
 
-    from nanogpt.common.storage import StorageError, atomic_write_json, make_folder
+    from nanogpt.common.storage import StorageError, atomic_write_json, make_folder, sha256_of
 
     state, key = path.stat(), str(path.resolve())
     cache = (
@@ -186,7 +185,7 @@ def content_digest(path: Path) -> str:
         if remembered.get(key, [])[:3] == stamp:
             return str(remembered[key][3])
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(file)
     if foreign:
         try:
             make_folder(cache.parent)

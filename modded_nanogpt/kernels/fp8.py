@@ -106,8 +106,11 @@ def quantise(
     scale: (n,) float32, any stride. Each of these may be left out:
     rows: (n, R, C) of an 8-bit dtype. columns: (n, C, R) of an 8-bit dtype, the same values transposed.
     largest: (n,) float32, any stride, raised to the largest |entry| of each matrix (of `matrices`, not of the copies).
+    On a GPU columns are made of bfloat16 only: Triton 3.6 turns a tile that was loaded as float32 with a quarter wrong.
     """
     count, height, width = matrices.shape
+    if columns is not None and matrices.is_cuda and matrices.dtype != torch.bfloat16:
+        raise ValueError(f"quantise: columns of {matrices.dtype}: give bfloat16")
     if matrices.stride()[1:] != (width, 1):
         raise ValueError(f"quantise: strides {matrices.stride()}: each matrix must be contiguous")
     target = columns if rows is None else rows

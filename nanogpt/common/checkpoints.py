@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nanogpt.common.checkpoint_names import name_of, steps
 from nanogpt.common.errors import StorageError, UserError
-from nanogpt.common.storage import fsync_folder, make_folder, storage_errors
+from nanogpt.common.storage import fsync_folder, make_folder, sha256_of, storage_errors
 
 FORMAT = 1
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
@@ -171,7 +171,7 @@ def problem(path: Path) -> str:
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
             with file.open("rb") as opened:
-                if hashlib.file_digest(opened, "sha256").hexdigest() != entry["sha256"]:
+                if sha256_of(opened) != entry["sha256"]:
                     return f"{name} does not have its digest"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"

@@ -6,7 +6,6 @@ Only a file whose SHA-256 is the pinned one takes the final name.
 """
 
 import contextlib
-import hashlib
 import http.client
 import os
 import re
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanogpt.common.errors import CommandError, UserError
-from nanogpt.common.storage import fsync_folder, make_folder, storage_errors
+from nanogpt.common.storage import fsync_folder, make_folder, sha256_of, storage_errors
 
 EXIT_UNAVAILABLE = 69  # a server could not be reached or did not give the file (EX_UNAVAILABLE of sysexits.h)
 CHUNK = 2**18
@@ -305,7 +304,7 @@ def process_alive(pid: int) -> bool:
 def _matches(path: Path, sha256: str) -> bool:
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+            return sha256_of(file) == sha256
     except OSError:
         return False
 

@@ -4,6 +4,7 @@ A user's mistake ends a command with one line on stderr that names the file, fla
 the remedy. A fault of the program itself keeps its traceback: that is a bug, and hiding it helps nobody.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -16,13 +17,27 @@ EXIT_INTERRUPTED = 75
 EXIT_FENCED = 76  # a newer attempt owns this run directory; this one stopped without touching it
 
 
+LONGEST_WORD = (
+    400  # characters of one word in a message; of a longer one the beginning and the end say enough
+)
+
+
+def _shown(word: str) -> str:
+    """A word as it may stand in one line on a terminal: no control characters, not without end."""
+    if len(word) > LONGEST_WORD:
+        word = f"{word[: LONGEST_WORD // 2]}...{word[-LONGEST_WORD // 4 :]}"
+    if word.isprintable():
+        return word
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in word)
+
+
 class CommandError(Exception):
     """An expected failure: `message` is one line that names what was wrong and what to do about it."""
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(" ".join(_shown(word) for word in str(message).split()))
 
 
 class UserError(CommandError):
@@ -71,6 +86,12 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # all else about a file is said where it is read
+            raise
+        print(f"error: ...{str(error.filename)[-60:]!r}: this name is too long", file=sys.stderr, flush=True)
+        _leave_group(EXIT_USAGE)
+        raise SystemExit(EXIT_USAGE) from None
     raise SystemExit(status or 0)
 
 

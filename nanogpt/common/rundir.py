@@ -34,7 +34,7 @@ from nanogpt.common.storage import atomic_write_json, make_folder, storage_error
 
 STAGE_VARIABLE = "ENGAGING_RUN_DIR"  # set for the process that runs from the copy
 FENCE_SECONDS = 1.0  # how often an append looks at the lease
-# What a launcher may have put into a run directory before the run began.
+# What a launcher, or the user, may have put into a run directory before the run began.
 LAUNCHER_ENTRIES = {
     "code",
     "jobs",
@@ -46,6 +46,7 @@ LAUNCHER_ENTRIES = {
     "lease.json",
     "stop",
     "stdout.log",
+    "note.txt",
 }
 # What a start that was killed before it wrote config.json, its last file, can have left.
 BEGINNINGS = {"source", "environment.json", "log.txt", "metrics.jsonl", "checkpoints"}
@@ -317,7 +318,7 @@ def environment(argv: Sequence[str]) -> dict:
     """What a run depends on besides its source: machine, versions, git state. No environment variable's value but
     SLURM's numbers: those hold secrets."""
     return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "host": platform.node(),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -6,12 +6,14 @@ and the folder is flushed too (the rename itself lives there). Errors of the fil
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from nanogpt.common.errors import StorageError
 
@@ -36,6 +38,15 @@ def storage_errors(path: Path | str) -> Iterator[None]:
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
         raise StorageError(f"{path}: cannot be written: {remedy}") from error
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """The SHA-256, in hex digits, of what follows in an open file (Python has its own from 3.11 on)."""
+    total, buffer = hashlib.sha256(), bytearray(1 << 18)
+    room = memoryview(buffer)
+    while size := file.readinto(buffer):
+        total.update(room[:size])
+    return total.hexdigest()
 
 
 def temporary_name(path: Path) -> Path:

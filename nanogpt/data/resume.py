@@ -15,6 +15,7 @@ from nanogpt.common.download import process_alive
 from nanogpt.common.errors import UserError
 from nanogpt.common.manifest import MANIFEST, read_json
 from nanogpt.common.shards import HEADER_BYTES, PROGRESS
+from nanogpt.common.storage import sha256_of
 from nanogpt.data.token_stream import Start, State
 
 
@@ -102,7 +103,7 @@ def _right(folder: Path, entry: dict) -> bool:
         raise ValueError(f"{entry['name']!r} is no shard's name")
     try:
         with (folder / entry["name"]).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+            return sha256_of(file) == entry["sha256"]
     except OSError:
         return False
 

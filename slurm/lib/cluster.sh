@@ -5,22 +5,11 @@
 site="" live=""
 
 site_file() { # the file of this cluster
-    local name file
-    name=${ENGAGING_SITE:-}
-    if [ -n "$name" ]; then
-        check_setting ENGAGING_SITE '[A-Za-z0-9_-]+' "the name of a file in slurm/sites"
-        [ -f "$ROOT/slurm/sites/$name.toml" ] || die "ENGAGING_SITE=$name: no slurm/sites/$name.toml"
-        echo "$ROOT/slurm/sites/$name.toml"
-        return
-    fi
-    name=$(scontrol show config 2>/dev/null | sed -n 's/^ClusterName *= *//p')
-    for file in "$ROOT"/slurm/sites/*.toml; do
-        if [ -n "$name" ] && grep -q "^cluster_names *=.*\"$name\"" "$file"; then
-            echo "$file"
-            return
-        fi
-    done
-    echo "$ROOT/slurm/sites/generic.toml"
+    local name=${ENGAGING_SITE:-}
+    check_setting ENGAGING_SITE '[A-Za-z0-9_-]+' "the name of a file in slurm/sites"
+    # shellcheck disable=SC2154  # common.sh sets it
+    [ -z "$name" ] || [ -f "$_engaging_sites/$name.toml" ] || die "ENGAGING_SITE=$name: no slurm/sites/$name.toml"
+    engaging_site "$_engaging_sites"
 }
 
 site_value() { # TABLE KEY: of the site file, lists as words; nothing when absent
@@ -112,9 +101,9 @@ why_not() { # PARTITION TYPE GPUS NODES MINUTES: why it cannot take this, in a f
     row=$(gpu_row "$1" "$2" "$3")
     if [ -z "$row" ]; then echo "has no ${2:-GPUs}"; return; fi
     if [ "$3" -gt "${row%% *}" ]; then echo "has ${row%% *} ${2:+$2 }a node"; return; fi
-    if [ "$4" -gt "${row##* }" ]; then echo "has ${row##* } such nodes"; return; fi
+    if [ "$4" -gt "${row##* }" ]; then echo "has $(counted "${row##* }" "such node")"; return; fi
     limit=$(gpu_limit "$1")
-    if [ -n "$limit" ] && [ $(($3 * $4)) -gt "$limit" ]; then echo "gives one user $limit GPUs"; fi
+    if [ -n "$limit" ] && [ $(($3 * $4)) -gt "$limit" ]; then echo "gives one user $(counted "$limit" GPU)"; fi
 }
 
 type_is_here() { grep -q "gpu:$1:" <<<"$live"; }

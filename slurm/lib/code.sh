@@ -39,5 +39,5 @@ note_edits() { # in a job that was submitted without a copy: what was changed wh
     count=$(wc -l <<<"$changed")
     say "note: changed since this job was submitted, and used as it is now:" \
         "$(head -n 5 <<<"$changed" | tr '\n' ' ')"
-    if [ "$count" -gt 5 ]; then say "note: and $((count - 5)) files more"; fi
+    if [ "$count" -gt 5 ]; then say "note: and $((count - 5)) more"; fi
 }

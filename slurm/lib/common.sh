@@ -9,6 +9,8 @@ fi
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 readonly ROOT
+# shellcheck disable=SC2034  # for settings.sh
+_engaging_sites=$ROOT/slurm/sites
 # shellcheck source-path=SCRIPTDIR source=settings.sh
 . "$ROOT/slurm/lib/settings.sh"
 readonly EXIT_USAGE=2
@@ -25,6 +27,8 @@ die() { # one line and exit status 2; inside $(...) it ends only the subshell, s
     printf 'error: %s\n' "${*//$'\n'/ }" >&2
     exit "$EXIT_USAGE"
 }
+
+counted() { printf '%s %s%s' "$1" "$2" "$([ "$1" = 1 ] || echo s)"; } # NUMBER NOUN
 
 is_number() { [[ $1 =~ ^[1-9][0-9]{0,5}$ ]]; }
 
@@ -171,10 +175,17 @@ environment_folder() { # ENV_PATH, else the setting's, else the default place, e
     echo "${folder%/}"
 }
 
+not_exported() { # why a job may not know what its user has set
+    case ,${SLURM_EXPORT_ENV:-ALL}, in
+        *,ALL,*) ;;
+        *) if in_job; then echo " (sbatch --export left your own settings behind: --export=ALL,...)"; fi ;;
+    esac
+}
+
 check_environment() { # before anything is queued
     local folder
     folder=$(environment_folder)
-    [ -x "$folder/bin/python" ] || die "ENV_PATH=$folder: no Python there; build it first: bash setup_env.sh"
+    [ -x "$folder/bin/python" ] || die "ENV_PATH=$folder: no Python there; build it first: bash setup_env.sh$(not_exported)"
 }
 
 activate_environment() { # Python of ENV_PATH first on PATH: through activate_env.sh, or by hand where conda is broken
@@ -193,18 +204,70 @@ activate_environment() { # Python of ENV_PATH first on PATH: through activate_en
     export PATH PYTHONNOUSERSITE=1 PYTHONUNBUFFERED=1
 }
 
-set_caches() { # compile caches on the node's own disk: shared folders corrupt Triton's, and are slow
-    local base=${SLURM_TMPDIR:-${TMPDIR:-/tmp}} folder
-    folder=$base/nanogpt-cache-$(id -u)
+set_caches() { # compile caches on the node's own disk, each job's its own: shared folders break Triton's, and are slow
+    local name folder
+    for name in TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR; do
+        if [ -n "${!name:-}" ] && on_network_disk "${!name}"; then
+            warn "$name=${!name}: on a network disk, where compile caches break; unset it: the node's disk is better"
+        fi
+    done
+    folder=$(cache_folder)
+    if [ -z "$folder" ]; then return 0; fi
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$folder/triton}
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$folder/inductor}
+}
+
+cache_folder() { # this node's, made if need be: one for each user, in it one for each job; nothing without room
+    local folder job left
+    folder=$(user_caches)
     (umask 077 && mkdir -p "$folder") 2>/dev/null || :
-    if [ ! -d "$folder" ] || [ ! -O "$folder" ] || [ -L "$folder" ]; then
-        if ! folder=$(mktemp -d "$base/nanogpt-cache-XXXXXX" 2>/dev/null); then
-            warn "$base: no room for compile caches"
+    if [ ! -O "$folder" ] || [ -L "$folder" ] || [ "$(stat -c %a "$folder" 2>/dev/null)" != 700 ]; then
+        if ! folder=$(mktemp -d "${folder%/*}/nanogpt-cache-XXXXXX" 2>/dev/null); then
+            warn "${folder%/*}: no room for compile caches"
             return 0
         fi
     fi
-    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$folder/triton}
-    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$folder/inductor}
+    if in_job; then
+        job=$folder/job-$(job_name)
+        if [ ! -d "$job" ] && left=$(timeout 10 squeue --me -h -o %F 2>/dev/null); then
+            drop_caches_of_others "$folder" "$left" # of jobs that were killed before they could
+        fi
+        if ! (umask 077 && mkdir -p "$job") 2>/dev/null; then
+            warn "$job: no room for compile caches"
+            return 0
+        fi
+        folder=$job
+    fi
+    echo "$folder"
+}
+
+user_caches() { # the folder for this user's on this node
+    local base
+    for base in "${SLURM_TMPDIR:-}" "${TMPDIR:-}" /tmp; do
+        if [ -d "$base" ] && [ -w "$base" ] && ! on_network_disk "$base"; then break; fi
+    done
+    echo "$base/nanogpt-cache-$(id -u)"
+}
+
+drop_caches_of_others() { # FOLDER JOBS: those of jobs that are not in the list
+    local other number
+    for other in "$1"/job-*; do
+        number=${other##*/job-}
+        if [ -d "$other" ] && ! grep -qx "${number%%_*}" <<<"$2"; then rm -rf "$other" || :; fi
+    done
+}
+
+drop_caches() { # this job's on this node, when no attempt can use them again
+    rm -rf "$(user_caches)/job-$(job_name)" || :
+}
+
+on_network_disk() { # PATH (it need not exist): as `df` names the file system
+    local path=$1
+    while [ -n "$path" ] && [ ! -e "$path" ]; do path=${path%/*}; done
+    case $(df --output=fstype "${path:-/}" 2>/dev/null | tail -n 1) in
+        nfs* | lustre | gpfs | beegfs | fhgfs | wekafs | fuse.sshfs | cifs | smb* | afs | panfs | ceph) ;;
+        *) return 1 ;;
+    esac
 }
 
 set_threads() { # RANKS: the node's CPUs shared by its ranks; OMP_NUM_THREADS counts for each of them

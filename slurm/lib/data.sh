@@ -44,7 +44,7 @@ need_data() { # SET SCRIPT WORDS...: the trainer's words name the set and its pl
         return 0
     fi
     if in_job || [ "${LOCAL:-0}" = 1 ] || [ "$place" != "$(data_root)" ]; then # GPUs must not wait for a download
-        die "DATA_ROOT=$place: no $set there; prepare it first: sbatch $script$(last_attempt "$script")"
+        die "DATA_ROOT=$place: no $set there; prepare it first: sbatch $script$(last_attempt "$script")$(not_exported)"
     fi
     first=$script
 }

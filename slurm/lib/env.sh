@@ -60,8 +60,8 @@ find_python() { # sets base_python: one that runs, can make a venv, and has all 
     base_python=""
     local probe='
 import sys
-if not (3, 11) <= sys.version_info[:2] <= (3, 14):
-    sys.exit(f"is Python {sys.version_info[0]}.{sys.version_info[1]}, and 3.11 to 3.14 is needed")
+if not (3, 10) <= sys.version_info[:2] <= (3, 14):
+    sys.exit(f"is Python {sys.version_info[0]}.{sys.version_info[1]}, and 3.10 to 3.14 is needed")
 try:
     import ensurepip, venv
 except ImportError:
@@ -71,10 +71,10 @@ print(getattr(sys, "_base_executable", "") or sys.executable)'
         base_python=$("$ENV_PYTHON" -c "$probe" 2>&1) || die "ENV_PYTHON: $ENV_PYTHON: ${base_python:-does not start}"
         return
     fi
-    for name in python3.12 python3.13 python3.11 python3.14 python3 uv; do
+    for name in python3.12 python3.13 python3.11 python3.14 python3.10 python3 uv; do
         command -v "$name" >/dev/null 2>&1 || continue
         if [ "$name" = uv ]; then # one that uv has installed; it shall not download another
-            name=$(uv python find --no-python-downloads '>=3.11,<3.15' 2>/dev/null) || continue
+            name=$(uv python find --no-python-downloads '>=3.10,<3.15' 2>/dev/null) || continue
         fi
         if found=$("$name" -c "$probe" 2>&1); then
             base_python=$found
@@ -84,8 +84,8 @@ print(getattr(sys, "_base_executable", "") or sys.executable)'
             is\ Python* | lacks*) wrong="$name $found" ;;
         esac
     done
-    die "no conda, and no Python 3.11 to 3.14 to make a venv with${wrong:+ ($wrong)}; install one (Debian 12, Ubuntu" \
-        "24.04 and newer: apt-get install python3-venv python3-dev; EL8: dnf install python3.12 python3.12-devel;" \
+    die "no conda, and no Python 3.10 to 3.14 to make a venv with${wrong:+ ($wrong)}; install one (Debian 12, Ubuntu" \
+        "22.04 and newer: apt-get install python3-venv python3-dev; EL8: dnf install python3.12 python3.12-devel;" \
         "macOS: brew install python@3.12), name one in ENV_PYTHON, or: bash setup_env.sh --install-miniforge"
 }
 

@@ -138,6 +138,27 @@ warn_about_account() { # ACCOUNT QOS
     fi
 }
 
+note_export() { # --export=NAME=1 leaves all your other variables behind, these scripts' too; the trainer's copy goes along
+    local name list left=""
+    list=$(said export)
+    list=${list:-${SBATCH_EXPORT:-}}
+    case ,$list, in ,, | *,ALL,* | ,NIL,) return 0 ;; esac
+    for name in ENV_PATH DATA_ROOT NUM_GPUS SPEEDRUN_TRAINER MAX_RESTARTS FINEWEB_CHUNKS WANDB_API_KEY HF_TOKEN; do
+        if [ -n "${!name:-}" ] && ! [[ ,$list, =~ ,${name}[=,] ]]; then left+="${left:+, }$name"; fi
+    done
+    if [ -n "$left" ]; then warn "--export leaves $left behind; to take them along begin its list with ALL: --export=ALL,..."; fi
+    if [ "$list" != NONE ]; then
+        drop export
+        typed+=("--export=$list,RUN_CODE")
+    fi
+}
+
+note_time() { # TEXT: two numbers are minutes and seconds to SLURM, and hours to many people
+    if [[ $1 =~ ^([0-9]+):[0-9]+$ ]]; then
+        note "--time=$1: $(minutes_of "$1") minutes, as SLURM reads it; hours: ${BASH_REMATCH[1]}h or $1:00"
+    fi
+}
+
 split_words() { # WORDS...: what follows the script's name: sets typed (sbatch's) and words (after --, the trainer's)
     # Without -- they are all sbatch's, or none of them is.
     local known word foreign="" own=""
@@ -185,6 +206,8 @@ adopt_options() { # SCRIPT: what sbatch's options and variables say about size a
         if [ -n "$value" ]; then printf -v "$name" '%s' "$value"; fi
         drop "$option"
     done
+    note_time "${TIME:-}"
+    note_export
     script=$1
     if [ -n "$(said gres)$(said gpus)$(said gpus-per-node)${SBATCH_GRES:-}" ] && fill_gpus; then
         GPU_TYPE=$type NUM_GPUS=$gpus

@@ -21,6 +21,7 @@ set -euo pipefail
 readonly MAX_FAILURES=3 # in a row, without progress
 readonly RETRY_SECONDS=5
 readonly STEP_PATIENCE=300 # seconds in which SLURM must be able to start the trainer's step
+readonly MEETING_SECONDS=120 # in which the nodes of a run must have found each other
 
 parse_words() { # sets trainer and words
     local word file=""
@@ -55,8 +56,9 @@ flag_value() { flag_of "$1" ${words[@]+"${words[@]}"}; } # NAME: of the trainer'
 
 # ---- one node's part --------------------------------------------------------------------------------------------
 
-run_node() { # FOLDER NODES NODE HEAD: the ranks of this node; FOLDER is shared by the nodes
-    local folder=$1 nodes=$2 node=$3 head=$4 interface address
+run_node() { # FOLDER NODES NODE NAMES...: the ranks of this node; FOLDER is shared by the nodes
+    local folder=$1 nodes=$2 node=$3 interface address own
+    shift 3
     if [ -n "${RUN_GPUS:-}" ]; then gpus=$RUN_GPUS; else choose_gpus; fi
     if [ "$gpus" -lt 1 ]; then gpus=1; fi # a CPU run is one rank
     set_threads "$gpus"
@@ -69,13 +71,21 @@ run_node() { # FOLDER NODES NODE HEAD: the ranks of this node; FOLDER is shared 
     if [ "$nodes" -eq 1 ]; then
         interface=lo address=127.0.0.1
     else
-        read -r interface address < <(python "$ROOT/slurm/lib/rendezvous.py" local "$head")
+        own=$(python "$ROOT/slurm/lib/rendezvous.py" local "$@") || {
+            : >"$folder/failed-$node"
+            exit 2
+        }
+        read -r interface address <<<"$own"
     fi
     set_network "$interface" "$nodes"
     if [ "$node" -eq 0 ]; then
         (trap '' USR1 TERM && exec python "$ROOT/slurm/lib/rendezvous.py" serve "$folder/store" "$address") &
     fi
-    wait_for_store "$folder/store"
+    (meet "$folder" "$nodes" "$node" "$@") || {
+        own=$?
+        : >"$folder/failed-$node"
+        exit "$own"
+    }
     torchrun_words "$nodes" "$folder"
     if [ "$nodes" -eq 1 ]; then
         if [ -z "$torchrun_forwards" ]; then trap '' USR1; fi # else it dies of the signal that its ranks live by
@@ -92,6 +102,8 @@ run_one_of_several() { # FOLDER NODES NODE: the first node's store stays until e
     child=$!
     end_with_others "$1" "$child" &
     wait_for_child
+    # The first node's are the batch script's to drop.
+    if [ "$3" -ne 0 ] && ! grep -qsx "$EXIT_INTERRUPTED" "$1"/rank-*; then drop_caches; fi
     if [ "$child_status" -ne 0 ]; then
         : >"$1/failed-$3"
         exit "$child_status" # and the store with it: ranks elsewhere would wait for this node's for minutes
@@ -118,7 +130,7 @@ end_with_others() { # FOLDER PROCESS: ends it when another node has failed and i
 
 torchrun_words() { # NODES FOLDER: sets torchrun and torchrun_forwards
     local address port source
-    read -r address port <"$2/store"
+    read -r address port _ <"$2/store"
     export RUN_STORE="$address $port" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun=(--nnodes="$1" --nproc-per-node="$gpus" --max-restarts=0 --rdzv-backend=c10d --rdzv-conf=is_host=0)
     torchrun+=(--rdzv-endpoint="$address:$port" --rdzv-id="run-${2##*/}")
@@ -135,13 +147,37 @@ torchrun_words() { # NODES FOLDER: sets torchrun and torchrun_forwards
     torchrun+=("$ROOT/slurm/lib/rank.py" "$2" "$trainer" ${words[@]+"${words[@]}"})
 }
 
-wait_for_store() { # FILE: written by the first node; other nodes may see it late on a network file system
-    local limit=$((SECONDS + 300))
-    until [ -s "$1" ]; do
-        [ $SECONDS -lt $limit ] || die "$1: the first node has not opened the meeting point within 300 s"
-        ls "${1%/*}" >/dev/null # looks again at a folder that NFS has cached
-        sleep 0.05
+meet() { # FOLDER NODES NODE NAMES...: returns when all nodes have reached the store; else a line says who has not
+    local folder=$1 nodes=$2 node=$3 names=("${@:4}") limit=$((SECONDS + MEETING_SECONDS)) address port other silent
+    until [ -s "$folder/store" ]; do # other nodes may see it late on a network file system
+        if [ $SECONDS -ge $limit ]; then
+            say "error: ${names[0]}: has opened no meeting point within $MEETING_SECONDS s ($folder/store)" >&2
+            exit 1
+        fi
+        look_again "$folder"
     done
+    if [ "$node" -ne 0 ]; then python "$ROOT/slurm/lib/rendezvous.py" reach "$folder/store" "${names[0]}" || exit 2; fi
+    : >"$folder/here-$node"
+    if [ "$node" -ne 0 ]; then return 0; fi
+    read -r address port _ <"$folder/store"
+    while :; do
+        silent=""
+        for ((other = 1; other < nodes; other++)); do
+            if [ ! -e "$folder/here-$other" ]; then silent+="${silent:+, }${names[other]}"; fi
+        done
+        if [ -z "$silent" ]; then return 0; fi
+        if compgen -G "$folder/failed-*" >/dev/null; then exit 2; fi # which has said why
+        if [ $SECONDS -ge $limit ]; then
+            say "error: $silent: not heard of within $MEETING_SECONDS s; ${names[0]} waited at $address port $port" >&2
+            exit 1
+        fi
+        look_again "$folder"
+    done
+}
+
+look_again() { # FOLDER: which NFS may have cached
+    ls "$1" >/dev/null
+    sleep 0.05
 }
 
 set_network() { # INTERFACE NODES: where NCCL and gloo talk, unless the user has said so; InfiniBand stays on
@@ -257,6 +293,7 @@ supervise() { # a batch job: attempts until the run is done, moved to a later st
             "once more in $RETRY_SECONDS s"
         sleep "$RETRY_SECONDS"
     done
+    drop_caches
     exit "$status"
 }
 
@@ -331,7 +368,7 @@ run_here() { # without SLURM: once, on this machine; the folder is closed to oth
     trap 'on_signal USR1' USR1
     trap 'on_signal INT' INT
     child_signal=TERM # torchrun passes it on, and one rank takes it as it is
-    (run_node "$folder" 1 0 localhost) &
+    (run_node "$folder" 1 0) &
     child=$!
     wait_for_child
     child_status=$(outcome_of "$folder" "$child_status")
@@ -340,7 +377,7 @@ run_here() { # without SLURM: once, on this machine; the folder is closed to oth
 }
 
 main() {
-    local folder head
+    local folder names
     if in_step && [ -d "${RUN_FOLDER:-}" ]; then : >"$RUN_FOLDER/began" || :; fi
     parse_words "$@"
     check_settings
@@ -349,8 +386,9 @@ main() {
     if in_step; then
         [ "${SLURM_LOCALID:-0}" = 0 ] || die "srun: start one task a node: srun --ntasks-per-node=1 bash ..."
         folder=${RUN_FOLDER:-$PWD/logs/.attempts/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.step$SLURM_STEP_ID}
-        head=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
-        run_node "$folder" "${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}" "$SLURM_NODEID" "$head"
+        mapfile -t names < <(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}")
+        [ ${#names[@]} -gt 0 ] || die "scontrol: does not name this job's nodes; is it on PATH?"
+        run_node "$folder" "${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}" "$SLURM_NODEID" "${names[@]}"
     elif in_job && command -v srun >/dev/null 2>&1; then
         supervise
     else

@@ -71,9 +71,9 @@ own_limit() { # PARTITIONS MINUTES: sets never where the user's own limit forbid
         reason=$(why_not "$name" "$type" "$gpus" "$nodes" "$2")
         if [[ $reason != "gives one user"* ]]; then return 0; fi
         reason=${reason#gives one user }
-        if [ "${reason% GPUs}" -gt "$most" ]; then most=${reason% GPUs}; fi
+        if [ "${reason% GPU*}" -gt "$most" ]; then most=${reason% GPU*}; fi
     done
-    never="$((gpus * nodes)) GPUs asked, your limit is $most"
+    never="$(counted $((gpus * nodes)) GPU) asked, your limit is $most"
 }
 
 ask_slurm() { # JOB: sets never to SLURM's reason, where that is one that does not pass; asked once
@@ -131,6 +131,8 @@ main() {
         if [ -n "$value" ]; then typed+=("--$name=$value"); fi
     done
     warn_about_account "$(said account)" "$(said qos)"
+    note_time "$(said time)"
+    note_export
     gpus="" never="" QOS=$(said qos)
     if [ -n "$(header_value "$script" gres)" ] && fill_gpus; then
         fit_node_share "$script"

@@ -325,7 +325,10 @@ def run(executed) -> Path:
 
 def test_the_files_of_a_run(run: Path) -> None:
     real = {path.name + ("/" if path.is_dir() else "") for path in run.iterdir()}
-    assert real - {"loss.png"} == ticked(table("run-directory.md", "# The run directory")) - {"stop"}
+    assert real - {"loss.png"} == ticked(table("run-directory.md", "# The run directory")) - {
+        "stop",
+        "note.txt",
+    }
 
 
 def test_the_events_and_their_fields(run: Path) -> None:

@@ -116,13 +116,8 @@ def test_the_keys_in_the_guide_are_those_of_the_files(executed) -> None:
 def test_the_example_report_stands_alone_and_says_what_it_is() -> None:
     text = (ROOT / "docs" / "example-report.html").read_text()
     assert len(text) < 1_000_000 and "](example-report.html)" in GUIDE.read_text()
-    for words in (
-        "It is not FineWeb and no result of a GPU",
-        "Tiny Shakespeare",
-        "small_muon",
-        "paired, 3 pairs",
-    ):
-        assert words in text, words
+    assert "paired, 3 pairs" in text and "muon" in text
+    assert "no result of a GPU" in text or re.search(r"NVIDIA [A-Z0-9]+", text)
     assert not re.search(
         r"""(src|href)=["'](?!#|data:)|url\((?!#|data:)|<script|/(tmp|home|root|work)/""", text
     )

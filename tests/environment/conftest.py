@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ case "$1 $2" in
         if [ -n "${VENV_WAITS:-}" ]; then touch "$VENV_WAITS"; exec sleep 600; fi
         for site in "$3"/lib/python3*/site-packages; do
             mkdir "$site/pip" && touch "$site/pip/__init__.py" && cp "@PIP@" "$site/pip/__main__.py"
+            if [ -n "@TOMLI@" ]; then mkdir "$site/pip/_vendor" && cp -R "@TOMLI@" "$site/pip/_vendor/tomli"; fi
         done
         ;;
     "-c "*ensurepip*) "@PYTHON@" "$@" >/dev/null && echo "$0" ;;
@@ -100,9 +102,9 @@ def home(tmp_path: Path) -> Path:
 def python(tmp_path: Path) -> Path:
     """The stand-in for Python."""
     path = tmp_path / "stand in python"
-    path.write_text(
-        PYTHON.replace("@PYTHON@", sys.executable).replace("@PIP@", f"{HERE}/stand_in/pip_main.py")
-    )
+    tomli = util.find_spec("pip._vendor.tomli") if sys.version_info < (3, 11) else None
+    script = PYTHON.replace("@PYTHON@", sys.executable).replace("@PIP@", f"{HERE}/stand_in/pip_main.py")
+    path.write_text(script.replace("@TOMLI@", tomli.submodule_search_locations[0] if tomli else ""))
     path.chmod(0o755)
     return path
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from env_kit import env_of, kill_session, pip_calls, refused, wait_for, works
 from packaging.requirements import Requirement
 
 from tools import environment
+from tools.toml import tomllib
 
 TOOLS = ("--extras", "tools")
 NEEDED = "bash dirname cat sed grep df awk rm ls mkdir flock sleep uname"  # all that a refusal may start
@@ -231,9 +231,9 @@ def test_too_old_a_python_is_named(setup, tmp_path, python):
     )
     refused(setup(PATH=str(tools), ENV_PYTHON=""), "no Python", *commands)
     old = tools / "python3"
-    old.write_text("#!/bin/sh\necho 'is Python 3.9, and 3.11 to 3.14 is needed' >&2\nexit 1\n")
+    old.write_text("#!/bin/sh\necho 'is Python 3.9, and 3.10 to 3.14 is needed' >&2\nexit 1\n")
     old.chmod(0o755)
-    refused(setup(PATH=str(tools), ENV_PYTHON=""), "python3 is Python 3.9, and 3.11 to 3.14 is needed")
+    refused(setup(PATH=str(tools), ENV_PYTHON=""), "python3 is Python 3.9, and 3.10 to 3.14 is needed")
     (tools / "python3.12").symlink_to("/bin/false")  # a version manager's stand-in for one that is not there
     uv = tools / "uv"
     uv.write_text(f'#!/bin/sh\n[ "$1 $2 $3" = "python find --no-python-downloads" ] && echo "{python}"\n')
@@ -267,15 +267,30 @@ def test_what_kernels_need_is_said_in_one_line(tmp_path, monkeypatch):
     assert "no C compiler on PATH" in environment._compiler_note()[0]
 
 
+def test_each_python_has_its_pins():
+    lines = [
+        "a==1.0",
+        "b==2.0; python_version >= '3.11'",
+        "b==1.9; python_version < '3.11'",
+        "c==3; python_version < '3.11'",
+    ]
+    assert environment.pinned(lines, 10) == {"a": "1.0", "b": "1.9", "c": "3"}
+    assert environment.pinned(lines, 11) == environment.pinned(lines, 14) == {"a": "1.0", "b": "2.0"}
+
+
 def test_the_lock_of_uv_agrees():
     """Every pin and constraint is what uv.lock has: `make uvlock` writes it anew."""
     versions: dict[str, set[str]] = {}
     for package in tomllib.loads((environment.ROOT / "uv.lock").read_text())["package"]:
         versions.setdefault(package["name"], set()).add(package["version"])
-    extras = environment._pyproject()["project"]["optional-dependencies"]
-    pinned = environment.pins([*extras]) | dict(line.split("==") for line in environment.constraints())
-    wrong = {name: [*found] for name, found in versions.items() if name in pinned and found != {pinned[name]}}
-    missing = {*environment.pins([*extras])} - {*versions}
+    whole = environment._pyproject()
+    extras = [line for lines in whole["project"]["optional-dependencies"].values() for line in lines]
+    pinned: dict[str, set[str]] = {}
+    for line in [*extras, *whole["tool"]["uv"]["constraint-dependencies"]]:
+        name, version = environment.REQUIREMENT.fullmatch(line).groups()[:2]
+        pinned.setdefault(name, set()).add(version)
+    wrong = {name: [*found] for name, found in versions.items() if name in pinned and found != pinned[name]}
+    missing = {line.split("==")[0] for line in extras} - {*versions}
     assert (wrong, missing) == ({}, set()), "run: make uvlock"
 
 
@@ -284,7 +299,7 @@ def test_every_package_that_comes_along_is_pinned():
     plain, present = environment.plain, environment.installed()
     project = environment._pyproject()["project"]["optional-dependencies"]
     pinned = {plain(name): version for name, version in environment.pins([*project]).items()}
-    fixed = dict(line.split("==") for line in environment.constraints())
+    fixed = environment.constraints()
     assert [*fixed] == sorted(map(plain, fixed)), "in order, under their plain names"
     known, queue = {**fixed, **pinned}, [*pinned]
     seen: set[str] = set()

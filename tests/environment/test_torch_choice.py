@@ -6,14 +6,14 @@ import shutil
 import subprocess
 import sys
 import threading
-import tomllib
 from pathlib import Path
 
 import pytest
 from env_kit import env_of, pip_calls, refused
 
 from nanogpt.common.errors import UserError
-from tools import torch_index
+from tools import environment, torch_index
+from tools.toml import tomllib
 
 TRAIN = ("--extras", "train")
 WHL = "https://download.pytorch.org/whl"
@@ -170,8 +170,8 @@ def test_an_old_driver_replaces_the_default_build(setup, home, machine, pytorch)
 @pytest.mark.skipif(sys.platform != "linux", reason="there is Triton for Linux only")
 def test_the_tests_get_triton_where_torch_brings_none(setup, clone, home, machine, pytorch):
     """Beside a CPU build the pinned one, with --dev only; a build for CUDA keeps its own."""
-    pins = tomllib.loads((clone / "pyproject.toml").read_text())["dependency-groups"]["interpreter"]
-    (pinned,) = (line.removeprefix("triton==") for line in pins if line.startswith("triton=="))
+    groups = tomllib.loads((clone / "pyproject.toml").read_text())["dependency-groups"]
+    pinned = environment.pinned(groups["interpreter"])["triton"]
     settings = {**PLAIN, "PATH": machine(None, "")}
     assert setup(*TRAIN, **settings).returncode == 0
     assert have(home, "triton") == "", "training on a CPU needs none"

@@ -2,13 +2,13 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import shutil
 import signal
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,23 +16,13 @@ from pathlib import Path
 from nanogpt.common import checkpoints
 from nanogpt.common.checkpoint_names import name_of, steps
 from tests.faults import tiny
+from tests.faults.outcomes import Tally
 from tests.faults.shim import compile_shim, fault
 from tests.faults.zygote import Zygote
 
 FINAL = 24
 RUN = (*tiny.FLAGS, "--auto_resume=true", "--dropout=0.1", "--eval_interval=8", f"--max_iters={FINAL}")
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-
-
-@dataclass
-class Tally:
-    """One line of the report: what was done, how often, where it hit, and what went wrong."""
-
-    what: str
-    outcome: str
-    injected: int = 0
-    failures: list[str] = field(default_factory=list)
-    where: Counter = field(default_factory=Counter)
 
 
 @dataclass
@@ -44,6 +34,11 @@ class Rig:
     shim: bool
     seconds: dict[int, float] = field(default_factory=dict)  # of an undisturbed run, by its save interval
     calls: int = 0  # see `calls_of_a_run`
+    numbers: itertools.count = field(default_factory=itertools.count)
+
+    def fresh(self, name: str) -> Path:
+        """A path that nobody has used."""
+        return self.folder / f"{name}-{next(self.numbers)}"
 
     def argv(self, out: Path, interval: int) -> list[str]:
         """The command line of a run that saves every `interval` steps."""
@@ -120,10 +115,8 @@ def place_of(out: Path) -> str:
 def random_kills(rig: Rig, rng: random.Random, kills: int) -> Tally:
     """SIGKILL at random moments, one to four in the same run, half of them while a save is under way."""
     tally = Tally("SIGKILL at a random moment, up to 4 in a run", "loadable, resumed, all losses equal")
-    number = 0
     while tally.injected < kills:
-        number += 1
-        interval, out = rng.choice((1, 2, 3)), rig.folder / f"random-{number}"
+        interval, out = rng.choice((1, 2, 3)), rig.fresh("random")
         seconds = rig.seconds[interval] if rig.reference(interval) else 0.0
         for _ in range(min(rng.randint(1, 4), kills - tally.injected)):
             child = rig.zygote.start(rig.argv(out, interval))
@@ -133,13 +126,13 @@ def random_kills(rig: Rig, rng: random.Random, kills: int) -> Tally:
                 tally.where[place_of(out)] += 1
                 bad = unsound(out)
                 if bad:
-                    tally.failures.append(f"run {number}: {bad}")
+                    tally.failures.append(f"{out.name}: {bad}")
         problem = finish(rig, out, interval)
         if problem:
-            tally.failures.append(f"run {number}: {problem}")
+            tally.failures.append(f"{out.name}: {problem}")
         else:
-            shutil.rmtree(out)
-            for beginning in rig.folder.glob(f"random-{number}.*"):
+            shutil.rmtree(out, ignore_errors=True)
+            for beginning in rig.folder.glob(f"{out.name}.*"):
                 shutil.rmtree(beginning)
     return tally
 
@@ -183,7 +176,7 @@ def kills_at_calls(rig: Rig, rng: random.Random, most: int) -> Tally:
         tally.where[place_of(out)] += 1
         problem = finish(rig, out, 8) if status == -signal.SIGKILL else f"ended with {status}, not killed"
         tally.failures += [f"call {number}: {problem}"] if problem else []
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
     return tally
 
 
@@ -195,7 +188,7 @@ def refusals(rig: Rig, rng: random.Random, cases: int) -> Tally:
     )
     total = calls_of_a_run(rig)
     for number in range(cases):
-        out, at = rig.folder / f"refused-{number}", rng.randint(1, total)
+        out, at = rig.fresh("refused"), rng.randint(1, total)
         code, lasting = rng.choice(ERRORS), rng.random() < 0.5
         done = rig.zygote.run(rig.argv(out, 8), env=fault("any", at, code, lasting=lasting))
         tally.injected += 1
@@ -206,65 +199,5 @@ def refusals(rig: Rig, rng: random.Random, cases: int) -> Tally:
             tally.failures.append(f"case {number}, call {at}: status {done.status}: {done.stderr}")
         problem = finish(rig, out, 8)
         tally.failures += [f"case {number}, call {at}, {errno.errorcode[code]}: {problem}"] if problem else []
-        shutil.rmtree(out)
-    return tally
-
-
-def flips(rig: Rig, rng: random.Random, count: int) -> Tally:
-    """One flipped bit anywhere in a checkpoint, each file as often as the others; every one must be refused."""
-    tally = Tally("one bit flipped in a checkpoint", "refused")
-    folder = next((rig.reference(8) / "checkpoints").glob("step_*"))
-    files = sorted(folder.iterdir())
-    for number in range(count):
-        path = files[number % len(files)]
-        place, bit = rng.randrange(path.stat().st_size), 1 << rng.randrange(8)
-        _flip(path, place, bit)
-        if not checkpoints.problem(folder):
-            tally.failures.append(f"{path.name}, byte {place}, bit {bit}: not seen")
-        _flip(path, place, bit)
-        tally.injected += 1
-        tally.where[path.name] += 1
-    if checkpoints.problem(folder):
-        tally.failures.append("the repaired checkpoint is refused")
-    return tally
-
-
-def _flip(path: Path, place: int, bit: int) -> None:
-    with path.open("rb+") as file:
-        file.seek(place)
-        value = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([value ^ bit]))
-
-
-def damages(rig: Rig, rng: random.Random, count: int) -> Tally:
-    """A checkpoint's file cut, emptied, zeroed in a block, removed, lengthened, or taken from another step."""
-    tally = Tally("a file cut, zeroed, removed, lengthened or swapped", "refused")
-    sound = rig.reference(8) / "checkpoints"
-    newest, other = (sound / name_of(step) for step in (steps(sound)[-1], steps(sound)[0]))
-    for number in range(count):
-        folder = rig.folder / "damaged" / newest.name
-        shutil.copytree(newest, folder)
-        path = folder / rng.choice(sorted(file.name for file in newest.iterdir()))
-        data = path.read_bytes()
-        start = rng.randrange(len(data))
-        kind = ("cut", "zeroed", "removed", "lengthened", "swapped")[number % 5]
-        if kind == "removed":
-            path.unlink()
-        elif kind == "zeroed":
-            path.write_bytes(data[:start] + b"\0" * len(data[start : start + 4096]) + data[start + 4096 :])
-        else:
-            change = {
-                "cut": data[:start],
-                "lengthened": data + b"\0",
-                "swapped": (other / path.name).read_bytes(),
-            }
-            path.write_bytes(change[kind])
-        same = path.exists() and path.read_bytes() == data
-        if not same:
-            tally.injected += 1
-            tally.where[kind] += 1
-        if bool(checkpoints.problem(folder)) == same:
-            tally.failures.append(f"{path.name}: {kind}: {'refused' if same else 'not seen'}")
-        shutil.rmtree(folder)
+        shutil.rmtree(out, ignore_errors=True)
     return tally

@@ -1,4 +1,4 @@
-"""Disturbed runs on a real SLURM (`python -m tests.faults --slurm`): job script, run.sh and trainer as they are.
+"""Disturbed runs on a real SLURM (section slurm of `make faults`): job script, run.sh and trainer as they are.
 
 A group of runs is submitted to the practice cluster, trains a tiny model, is struck at a seeded step, and must end as
 the run that nobody disturbed: every loss, the final weights, one record, all attempts' logs. Several groups at once.
@@ -9,45 +9,22 @@ comes, and a node that hangs and wakes up after its job has gone elsewhere.
 
 import contextlib
 import os
-import queue
 import random
 import signal
-import sys
-import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import tiny
-from tests.slurm.conftest import TEST_TIMERS, Cluster
-from tools.launch.snapshot import copy_code
-from tools.practice import cluster as practice
+from tests.faults.outcomes import Tally
+from tests.faults.slurm_bench import ENDED, Bench, Job, bench
+from tests.faults.slurm_judge import STEPS, judge, repeated
 from tools.practice.processes import alive
 
-ROOT = Path(__file__).resolve().parents[2]
-STEPS, SAVE_INTERVAL = 400, 40
-FLAGS = (
-    *tiny.FLAGS, "--dropout=0.1", "--compile=false", "--always_save_checkpoint=true", "--log_interval=1",
-    f"--max_iters={STEPS}", f"--lr_decay_iters={STEPS}", "--eval_interval=100", f"--save_interval={SAVE_INTERVAL}",
-)  # fmt: skip
-SCRIPT = "slurm/nanogpt/train_shakespeare.sh"
 GROUPS_AT_ONCE = 6
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE")
-PATIENCE = 420.0  # seconds for any one thing to happen, on a machine that is busy with the other groups
 USR1_PENDING = 1 << (signal.SIGUSR1 - 1)
-
-
-@dataclass
-class Job:
-    """One run and its job: `run` is the folder below out/, `step` where it is struck."""
-
-    run: str
-    id: str
-    step: int
 
 
 @dataclass
@@ -62,112 +39,16 @@ class Outcome:
     problem: str
 
 
-@dataclass
-class Bench:
-    """The cluster, the clone that the runs are submitted from, and the places where groups do not meet."""
-
-    cluster: Cluster
-    clone: Path
-    nodes: queue.Queue = field(default_factory=queue.Queue)  # free ones, each for one group
-    lost: threading.Lock = field(default_factory=threading.Lock)  # the two nodes that get lost
-    arrays: threading.Lock = field(default_factory=threading.Lock)  # an array's runs have fixed names
-
-    def submit(self, run: str, *options: str) -> str:
-        """Submit the script as a user does; the job's id. An array names its runs itself."""
-        common = ("--cpus-per-task=1", "--mem=1G")
-        out = () if any(word.startswith("--array") for word in options) else (f"--out_dir=out/{run}",)
-        env = {"ENV_PATH": sys.prefix, "DATA_ROOT": str(self.clone / "data"), "CUDA_VISIBLE_DEVICES": ""}
-        return self.cluster.sbatch(*common, *options, SCRIPT, *FLAGS, *out, env=env, cwd=self.clone)
-
-    def steps(self, run: str) -> list[int]:
-        """The steps that the run has noted so far, in the order of the file."""
-        return [event["step"] for event in self.events(run) if event["event"] == "train"]
-
-    def events(self, run: str) -> list[dict]:
-        """The run's metrics so far; the last line may be in the making."""
-        path = self.clone / "out" / run / "metrics.jsonl"
-        with contextlib.suppress(OSError, ValueError):
-            return tiny.events(path.parent)
-        return []
-
-    def wait(self, what: str, condition: Callable[[], object]) -> None:
-        """Poll until the condition holds; AssertionError names what did not come."""
-        self.cluster.wait_until(condition, PATIENCE, lambda: what)
-
-    def wait_for_step(self, job: Job) -> None:
-        """Until the run is at its step, or over it."""
-        self.wait(f"{job.run} at step {job.step}", lambda: max(self.steps(job.run), default=-1) >= job.step)
-
-    def wait_for_end(self, job: Job) -> str:
-        """Until the job has ended for good; its state."""
-        self.wait(f"job {job.id} ({job.run}) to end", lambda: self.cluster.state(job.id) in ENDED)
-        return self.cluster.state(job.id)
-
-    def trainers(self, run: str) -> list[int]:
-        """The processes that train this run: not rank.py above them, nor srun, nor the script."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                python = Path(words[0]).name.startswith("python")
-                if (
-                    python
-                    and not any(word.endswith("rank.py") for word in words[:3])
-                    and alive(int(folder.name))
-                ):
-                    outs = [word for word in words if word.startswith("--out_dir=")]
-                    found += [int(folder.name)] if outs and outs[-1].endswith(f"out/{run}") else []
-        return found
-
-    def signal(self, run: str, number: signal.Signals) -> list[int]:
-        """Send a signal to the run's trainers; the processes that got it."""
-        sent = []
-        for pid in self.trainers(run):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-                sent.append(pid)
-        return sent
-
-
-@contextlib.contextmanager
-def bench() -> Iterator[Bench]:
-    """A fresh practice cluster with a clone of this repository, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="practice-", dir="/tmp") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        practice.up(folder / "c", TEST_TIMERS)
-        try:
-            copy_code(ROOT, folder / "clone")
-            (folder / "clone" / "logs").mkdir(exist_ok=True)
-            script = (
-                folder / "clone" / SCRIPT
-            )  # here it asks for no GPU: more runs at once than the nodes have
-            lines = script.read_text().splitlines(keepends=True)
-            script.write_text("".join(line for line in lines if "gpu" not in line or "#SBATCH" not in line))
-            tiny.make_data(folder / "clone" / "data")
-            found = Bench(Cluster(folder / "c"), folder / "clone")
-            tier = ("PriorityTier=1", "MaxTime=1:00:00")
-            at_once = ("PreemptMode=REQUEUE", "GraceTime=0")
-            found.cluster.scontrol("create", "PartitionName=at_once", "Nodes=node[1-8]", *tier, *at_once)
-            found.cluster.scontrol(
-                "create", "PartitionName=shaky", "Nodes=node[5-6]", *tier, "PreemptMode=OFF"
-            )
-            for node in ("node1", "node2", "node3", "node4"):
-                found.nodes.put(node)
-            yield found
-        finally:
-            practice.down(folder / "c", delete=True)
-
-
 # ---- the ways to disturb a run ---------------------------------------------------------------------------------
 
 
 def each(bench: Bench, jobs: list[Job], strike: Callable[[Job], object]) -> None:
-    """Strike each run when it is at its own step, all of them waited for at once."""
+    """Strike each run at each of its own steps, all of them waited for at once."""
 
     def wait_and_strike(job: Job) -> None:
-        bench.wait_for_step(job)
-        strike(job)
+        for number in range(len(job.steps)):
+            bench.wait_for_step(job, number)
+            strike(job)
 
     with ThreadPoolExecutor(len(jobs)) as pool:
         list(pool.map(wait_and_strike, jobs))
@@ -178,11 +59,11 @@ def preempted(bench: Bench, names: list[str], rng: random.Random, partition: str
     node = bench.nodes.get()
     try:
         step = rng.randrange(1, STEPS * 3 // 4)
-        jobs = [Job(run, bench.submit(run, "-p", partition, "-w", node), step) for run in names]
+        jobs = [Job(run, bench.submit(run, "-p", partition, "-w", node), (step,)) for run in names]
         for job in jobs:
             bench.wait_for_step(job)
         alone = ("-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 0")
-        owner = Job("owner", bench.cluster.sbatch("-p", "pi_lab", *alone), 0)
+        owner = Job("owner", bench.cluster.sbatch("-p", "pi_lab", *alone))
         bench.wait_for_end(owner)
         for job in jobs:
             bench.wait_for_end(job)
@@ -192,11 +73,15 @@ def preempted(bench: Bench, names: list[str], rng: random.Random, partition: str
 
 
 def struck_one_by_one(
-    bench: Bench, names: list[str], rng: random.Random, strike: Callable[[Job], object], *options: str
-) -> list[Job]:
-    """On the CPU nodes, beside other groups."""
+    bench: Bench, names: list[str], rng: random.Random, strike: Callable[[Job], object], *options: str,
+    strikes: int = 1,
+) -> list[Job]:  # fmt: skip
+    """On the CPU nodes, beside other groups; each run as often as said."""
     place = ("-p", "pi_lab", "-w", rng.choice(("node7", "node8")))
-    jobs = [Job(run, bench.submit(run, *place, *options), rng.randrange(1, STEPS * 3 // 4)) for run in names]
+    jobs = []
+    for run in names:
+        steps = tuple(sorted(rng.sample(range(1, STEPS * 3 // 4), strikes)))
+        jobs.append(Job(run, bench.submit(run, *place, *options), steps))
     each(bench, jobs, strike)
     for job in jobs:
         bench.wait_for_end(job)
@@ -204,15 +89,15 @@ def struck_one_by_one(
 
 
 def requeued(bench: Bench, names: list[str], rng: random.Random) -> list[Job]:
-    """`scontrol requeue` by an administrator: SIGTERM, and SIGKILL after KillWait."""
-    return struck_one_by_one(
-        bench, names, rng, lambda job: bench.cluster.run("scontrol", "requeue", job.id, check=False)
-    )
+    """`scontrol requeue` by an administrator, twice: SIGTERM, and SIGKILL after KillWait."""
+    strike = lambda job: bench.cluster.run("scontrol", "requeue", job.id, check=False)  # noqa: E731
+    return struck_one_by_one(bench, names, rng, strike, strikes=2)
 
 
 def killed(bench: Bench, names: list[str], rng: random.Random) -> list[Job]:
-    """SIGKILL to the trainer, as the kernel does when memory ends."""
-    return struck_one_by_one(bench, names, rng, lambda job: bench.signal(job.run, signal.SIGKILL))
+    """SIGKILL to the trainer, twice, as the kernel does when memory ends."""
+    strike = lambda job: bench.signal(job.run, signal.SIGKILL)  # noqa: E731
+    return struck_one_by_one(bench, names, rng, strike, strikes=2)
 
 
 def out_of_time(bench: Bench, names: list[str], rng: random.Random) -> list[Job]:
@@ -249,7 +134,7 @@ def tasks_of_an_array(bench: Bench, names: list[str], rng: random.Random) -> lis
         array = bench.submit("", *options)
         runs = [f"nanogpt-shakespeare-{task}" for task in range(len(names))]
         jobs = [
-            Job(run, f"{array}_{task}", rng.randrange(1, STEPS * 3 // 4)) for task, run in enumerate(runs)
+            Job(run, f"{array}_{task}", (rng.randrange(1, STEPS * 3 // 4),)) for task, run in enumerate(runs)
         ]
         tell = ("scancel", "--batch", "--signal=USR1")
         each(bench, jobs, lambda job: bench.cluster.run(*tell, job.id, check=False))
@@ -264,7 +149,7 @@ def lost(bench: Bench, names: list[str], rng: random.Random, wakes_up: bool) -> 
     """The node is off at once; or it hangs, and its processes wake up after the job has gone on elsewhere."""
     with bench.lost:
         step = rng.randrange(1, STEPS * 3 // 4)
-        jobs = [Job(run, bench.submit(run, "-p", "shaky"), step) for run in names]
+        jobs = [Job(run, bench.submit(run, "-p", "shaky"), (step,)) for run in names]
         for job in jobs:
             bench.wait_for_step(job)
         (node, *_), hung = bench.cluster.nodes_of(jobs[0].id) or [""], []
@@ -310,8 +195,8 @@ class Kind:
 KINDS = {
     "grace": Kind("preempted, 10 s of grace", 22, 2, lambda *a: preempted(*a, "mit_preemptable")),
     "no-grace": Kind("preempted, no grace", 18, 2, lambda *a: preempted(*a, "at_once")),
-    "requeue": Kind("requeued by hand (`scontrol requeue`)", 14, 2, requeued),
-    "kill": Kind("its trainer SIGKILLed", 16, 2, killed),
+    "requeue": Kind("requeued by hand (`scontrol requeue`), twice", 14, 2, requeued),
+    "kill": Kind("its trainer SIGKILLed, twice", 16, 2, killed),
     "time": Kind("told by SLURM that its time limit is near", 8, 4, out_of_time),
     "off": Kind("its node switched off", 6, 3, lambda *a: lost(*a, wakes_up=False)),
     "hung": Kind(
@@ -321,38 +206,7 @@ KINDS = {
 }
 
 
-# ---- judging ---------------------------------------------------------------------------------------------------
-
-
-def judge(out: Path, reference: Path, log: str, state: str) -> str:
-    """What is wrong with a run that has ended, compared with the undisturbed one; "" when nothing is."""
-    try:
-        if state != "COMPLETED":
-            return f"its job ended {state}: {log[-800:]}"
-        if tiny.losses(out) != tiny.losses(reference) or sorted(tiny.losses(out)) != list(range(STEPS)):
-            return "training losses differ"
-        if tiny.val_losses(out) != tiny.val_losses(reference):
-            return "validation losses differ"
-        if tiny.final_weights(out, STEPS) != tiny.final_weights(reference, STEPS):
-            return "final weights or optimizer state differ"
-    except (AssertionError, OSError, ValueError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
-    ends = [event for event in tiny.events(out, "end") if event.get("status") == "finished"]
-    # Lost after its end, it ends again, alike.
-    if len({(event["step"], event["val_loss"]) for event in ends}) != 1:
-        return f"it ended in {len(ends)} ways"
-    starts = len(tiny.events(out, "start")) + len(tiny.events(out, "resume"))
-    if log.count("resumed from step_") < len(tiny.events(out, "resume")):
-        return f"{starts} attempts, but the log does not hold them all"
-    if repeated(out) > SAVE_INTERVAL * (starts - 1):
-        return f"{repeated(out)} steps were computed twice"
-    return ""
-
-
-def repeated(out: Path) -> int:
-    """How many steps were computed more than once."""
-    counted = Counter(event["step"] for event in tiny.events(out, "train"))
-    return sum(times - 1 for times in counted.values())
+# ---- the campaign -------------------------------------------------------------------------------------------
 
 
 def outcome(bench: Bench, kind: str, job: Job) -> Outcome:
@@ -367,10 +221,10 @@ def outcome(bench: Bench, kind: str, job: Job) -> Outcome:
     return Outcome(job.run, kind, hit, attempts, repeated(out) if events else 0, problem)
 
 
-def campaign(seed: int, runs: int, say: Callable[[str], None]) -> tuple[list[Outcome], str]:
-    """At least `runs` disturbed runs, in the kinds' shares: what became of each that was started; SLURM's version."""
+def campaign(seed: int, runs: int) -> list[Outcome]:
+    """At least `runs` disturbed runs, in the kinds' shares: what became of each that was started."""
     with bench() as found:
-        straight = Job("undisturbed", found.submit("undisturbed", "-p", "pi_lab"), 0)
+        straight = Job("undisturbed", found.submit("undisturbed", "-p", "pi_lab"))
         state = found.wait_for_end(straight)
         assert state == "COMPLETED", found.cluster.log(straight.id)
         outcomes: list[Outcome] = []
@@ -381,10 +235,28 @@ def campaign(seed: int, runs: int, say: Callable[[str], None]) -> tuple[list[Out
             with ThreadPoolExecutor(GROUPS_AT_ONCE) as pool:
                 for done in pool.map(lambda group: _group(found, *group), groups):
                     outcomes += done
-                    hit = sum(o.hit for o in outcomes)
-                    say(f"{hit} of {runs} disturbed, {sum(bool(o.problem) for o in outcomes)} failed")
             wave += 1
-        return outcomes, found.cluster.run("sinfo", "--version").stdout.strip()
+        return outcomes
+
+
+def slurm(_: object, rng: random.Random, runs: int) -> Tally:
+    """A section of the campaign (__main__.py): a cluster of its own, and at least `runs` disturbed runs."""
+    return tally(campaign(rng.randrange(2**31), runs), runs)
+
+
+def tally(outcomes: list[Outcome], wanted: int) -> Tally:
+    """Disturbances counted, which are more than runs; runs that had ended before they could be struck are not."""
+    hit = [outcome for outcome in outcomes if outcome.hit]
+    made = Tally(
+        "runs on a real SLURM disturbed", "job COMPLETED, one record, all logs, all losses and weights equal",
+        sum(max(1, outcome.attempts - 1) for outcome in hit),
+        [f"{outcome.kind} {outcome.run}: {outcome.problem}" for outcome in outcomes if outcome.problem],
+        Counter({"runs": len(hit), "steps computed twice": sum(outcome.twice for outcome in hit)}),
+    )  # fmt: skip
+    made.where.update(KINDS[outcome.kind].what for outcome in hit)
+    if len(hit) < wanted:
+        made.failures.append(f"{len(hit)} runs could be disturbed, of {wanted}")
+    return made
 
 
 def wanted(kind: Kind, runs: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from modded_nanogpt.data import cached_fineweb10B
+from tests.faults.disks import small_disk
 from tests.modded.refusals import refused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +144,24 @@ def test_downloads_what_is_asked_for_and_the_token_set_opens(hub, tmp_path):
     from nanogpt.common.shards import open_token_set, verify
 
     verify(open_token_set("fineweb10B", tmp_path))
+
+
+def test_only_the_data_root_is_measured_and_written(hub, tmp_path):
+    """Case B9: a home with less room than the shards need; then a data root with less."""
+    for small, big, status in (("home", "data", 0), ("data", "home", 74)):
+        with small_disk(tmp_path / f"{small} {status}", "1m") as disk:
+            other = tmp_path / f"{big} {status}"
+            other.mkdir()
+            home, root = (disk, other) if small == "home" else (other, disk)
+            done = download(hub, root, "2", HOME=str(home))
+            assert done.returncode == status, done.stderr
+            assert not [path for path in home.rglob("*") if path.is_file()]
+            if status:
+                assert (
+                    done.stderr.count("\n") == 1
+                    and "data 74/fineweb10B: needs 0.00 GB, the disk has" in done.stderr
+                )
+                assert not list(root.rglob("*.bin"))
 
 
 def test_a_complete_folder_of_somebody_else_is_used_without_a_write(hub, tmp_path):

@@ -2,10 +2,11 @@
 
 import re
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
+
+from tools.toml import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTE = '#!/bin/bash\nprintf "%s\\n" "${0##*/} $*" >>"$CALLS"\n'

@@ -257,6 +257,46 @@ dist.destroy_process_group()
     assert all(address.startswith("0100007F:") for address in listeners), listeners
 
 
+MACHINE = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@pytest.mark.parametrize(
+    ("node", "store", "status", "said"),
+    [
+        (1, f"127.0.1.1 9 not-{MACHINE}", 2, "error: node1: gives 127.0.1.1 as its address, which "),
+        (1, f"127.0.0.1 1 {MACHINE}", 2, "cannot reach node1 at 127.0.0.1 port 1 (Connection refused)"),
+        (1, "", 1, "error: node1: has opened no meeting point within 1 s"),
+        (
+            0,
+            f"192.0.2.7 9 {MACHINE}",
+            1,
+            "error: node2: not heard of within 1 s; node1 waited at 192.0.2.7 port 9",
+        ),
+    ],
+)
+def test_nodes_that_do_not_meet_say_who_is_missing(tmp_path, node, store, status, said):
+    """Case F2: one node of two, each time the one whose word it is; it neither hangs nor shows a traceback."""
+    run = tmp_path_with_lib(tmp_path) / RUN
+    run.write_text(run.read_text().replace("MEETING_SECONDS=120", "MEETING_SECONDS=1"))
+    names = program(tmp_path / "bin", "scontrol", "#!/bin/sh\nprintf 'node1\\nnode2\\n'\n").parent
+    (tmp_path / "sitecustomize.py").write_text(  # names that this machine does not know
+        "import socket\nasked = socket.getaddrinfo\nsocket.getaddrinfo = lambda host, *a, **k: asked("
+        "'127.0.0.1' if host.startswith('node') else host, *a, **k)\n"
+    )
+    folder = tmp_path / "meeting"
+    folder.mkdir()
+    (folder / "store").write_text(store)
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(node), "SLURM_LOCALID": "0",
+            "SLURM_NODEID": str(node), "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "node[1-2]",
+            "RUN_FOLDER": str(folder), "PYTHONPATH": str(tmp_path)}  # fmt: skip
+    if node == 0:
+        run.write_text(run.read_text().replace('serve "$folder/store"', 'serve "$folder/elsewhere"'))
+    done = bash(run, STANDIN, "--out_dir=x", env=step, cwd=tmp_path, path=str(names))
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning")]
+    assert (done.returncode, len(errors)) == (status, 1) and said in errors[0], done
+    assert (folder / f"failed-{node}").exists()
+
+
 @pytest.mark.parametrize(("ranks_that_finished", "status"), [(2, 0), (1, 138)])
 def test_a_signal_after_the_last_step_does_not_undo_a_finished_run(tmp_path, ranks_that_finished, status):
     """torchrun dies of it while its ranks end well: such a job was requeued, to find that it had nothing to do."""
@@ -293,6 +333,51 @@ def test_torchruns_flags_are_used_where_it_has_them(tmp_path, torch_has_flags):
     assert any(word.startswith("--signals-to-handle=") for word in words) == torch_has_flags
     assert "--nproc-per-node=2" in words
     assert any(word.startswith("--rdzv-endpoint=127.0.0.1:") for word in words)
+
+
+def test_a_job_that_came_without_its_users_variables_says_so():
+    """Case G4: `sbatch --export=A=1` sets SLURM_EXPORT_ENV, and no ENV_PATH or DATA_ROOT comes along."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_EXPORT_ENV": "A", "ENV_PATH": "/none"}
+    done = common("check_environment", env=job)
+    assert done.returncode == 2 and done.stderr.endswith(
+        "setup_env.sh (sbatch --export left your own settings behind: --export=ALL,...)\n"
+    )
+    assert "--export" not in common("check_environment", env={**job, "SLURM_EXPORT_ENV": "A,ALL"}).stderr
+
+
+def test_compile_caches_are_each_jobs_own_on_the_nodes_disk(tmp_path):
+    """Case H1. A stand-in for df says that home is on NFS; squeue, that jobs 6 and 7 are not over."""
+    disk, home = tmp_path / "disk", tmp_path / "home"
+    for folder in (disk, home / "tmp"):
+        folder.mkdir(parents=True)
+    tools = program(
+        tmp_path / "bin",
+        "df",
+        f"#!/bin/sh\necho Type\ncase $2 in {home}*) echo nfs4 ;; *) echo ext4 ;; esac\n",
+    ).parent
+    program(tools, "squeue", "#!/bin/sh\nprintf '6\\n7\\n'\n")
+    mine = disk / f"nanogpt-cache-{os.getuid()}"
+    for left in ("job-5", "job-6_1"):  # of a job that was killed, and of an array's task
+        (mine / left).mkdir(mode=0o700, parents=True)
+    mine.chmod(0o700)
+    show = 'set_caches; echo "$TRITON_CACHE_DIR"; echo "$TORCHINDUCTOR_CACHE_DIR"; '
+    job = {"SLURM_JOB_ID": "7", "TMPDIR": str(disk), "HOME": str(home)}
+    done = common(show, env=job, path=str(tools))
+    assert done.stdout.split() == [f"{mine}/job-7/triton", f"{mine}/job-7/inductor"] and not done.stderr
+    assert sorted(path.name for path in mine.iterdir()) == ["job-6_1", "job-7"]
+    assert (mine / "job-7").stat().st_mode & 0o777 == 0o700
+    common("drop_caches", env=job, path=str(tools))
+    assert [path.name for path in mine.iterdir()] == ["job-6_1"]
+    own = {"TRITON_CACHE_DIR": str(home / "no" / "triton")}
+    done = common(
+        show, env={**job, **own, "TMPDIR": str(home / "tmp"), "SLURM_TMPDIR": str(disk)}, path=str(tools)
+    )
+    assert done.stdout.split() == [own["TRITON_CACHE_DIR"], f"{mine}/job-7/inductor"]
+    assert done.stderr.startswith(f"warning: TRITON_CACHE_DIR={home}/no/triton: on a network disk")
+    outside = common(show, env={"TMPDIR": str(disk), "HOME": str(home)}, path=str(tools))
+    assert (
+        outside.stdout.split()[0] == f"{mine}/triton"
+    )  # without a job: the user's, as the trainers themselves choose
 
 
 def test_a_broken_conda_does_not_matter(tmp_path):

@@ -1,4 +1,4 @@
-"""The judge of the disturbed runs on SLURM (`python -m tests.faults --slurm`) finds what it is there to find."""
+"""The judge of the disturbed runs on SLURM (section slurm of `make faults`) finds what it is there to find."""
 
 import json
 import shutil
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import __main__ as command
 from tests.faults import slurm_runs
-from tests.faults.slurm_runs import KINDS, SAVE_INTERVAL, STEPS, Outcome, judge, plan, wanted
+from tests.faults.slurm_judge import SAVE_INTERVAL, STEPS, judge
+from tests.faults.slurm_runs import KINDS, Outcome, plan, tally, wanted
 
 
 def write_run(out: Path, first: int = 150, again: int = 140, loss_at: int = -1, ends: int = 1) -> Path:
@@ -69,15 +69,16 @@ def test_a_plan_is_seeded_and_holds_every_kind():
     assert names != [(kind, names) for kind, names, _ in plan(8, 0, missing)]
 
 
-def test_the_table_counts_failures_and_runs_that_were_spared():
+def test_the_tally_counts_disturbances_failures_and_runs_that_were_spared():
     outcomes = [
-        Outcome("a", "kill", True, 2, 12, ""),
+        Outcome("a", "kill", True, 3, 12, ""),
         Outcome("b", "kill", True, 2, 3, "training losses differ"),
         Outcome("c", "kill", False, 1, 0, ""),
     ]
-    text = command.slurm_table(command.Settings(), outcomes, "slurm 1", 9.0)
-    assert "| its trainer SIGKILLed | 2 | 1 | 4 | 12 |" in text
-    assert "2 disturbed runs" in text and "1 failed" in text and "1 more runs" in text
+    made = tally(outcomes, 2)
+    assert (made.injected, made.failures) == (3, ["kill b: training losses differ"])
+    assert made.where == {"runs": 2, "steps computed twice": 15, KINDS["kill"].what: 2}
+    assert "2 runs could be disturbed, of 3" in tally(outcomes, 3).failures
 
 
 def test_a_group_that_breaks_off_is_a_failure():

@@ -17,6 +17,7 @@ import pytest
 
 from nanogpt.common.errors import CommandError
 from tools import cli
+from tools.args import clock, parse_minutes
 from tools.practice import cluster as practice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,20 +159,8 @@ def test_a_name_in_the_queue_is_refused_and_afterwards_goes_on(cluster, engaging
 
 
 def test_an_array_of_seeds_with_a_throttle_under_the_users_limit(cluster, engaging, checkout):
-    began = time.monotonic()
-    said = engaging(
-        "launch",
-        "gpt2",
-        "--partition",
-        "mit_preemptable",
-        "--seeds",
-        100,
-        "--throttle",
-        50,
-        "--name",
-        "sweep",
-    ).stdout
-    took = time.monotonic() - began
+    words = ["--partition", "mit_preemptable", "--seeds", 100, "--throttle", 50, "--name", "sweep"]
+    said = engaging("launch", "gpt2", *words).stdout
     job = job_of(checkout, "sweep")
     assert "100 seeds, 4 at once" in said  # the limit of mit_preemptable is 4 GPUs a user
     cluster.wait_until(lambda: (checkout / "out" / "sweep-s1340" / "words").is_file())
@@ -181,12 +170,6 @@ def test_an_array_of_seeds_with_a_throttle_under_the_users_limit(cluster, engagi
     assert words_of(checkout, "sweep-s1338")[-3] == f"--out_dir={checkout}/out/sweep-s1338"
     assert "JobArrayTaskLimit" in status or "COMPLETED" in status
     cluster.wait_until(lambda: not cluster.squeue("--jobs", job, "--states=PENDING,RUNNING").strip())
-    assert took < 3 * slowness(), f"100 seeds took {took:.2f} s to submit"
-
-
-def slowness() -> float:
-    """How much slower than an idle machine this one is now: limits of time mean an idle one."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +193,7 @@ def slowness() -> float:
         (["launch", "gpt2", "--partition", "mit_norml_gpu"], "did you mean 'mit_normal_gpu'"),
         (["launch", "gpt2", "--account", "nobody"], "not one of your accounts"),
         (["launch", "gpt2", "--qos", "nothing"], "not open to you"),
-        (["launch", "gpt2", "--gpus", "1", "--partition", "mit_normal"], "has no any GPUs"),
+        (["launch", "gpt2", "--gpus", "1", "--partition", "mit_normal"], "mit_normal has no GPUs"),
         (["launch", "gpt2", "--seeds", "900", "--partition", "mit_preemptable"], "jobs in the queue"),
         (["launch", "gpt2", "--cpus", "500", "--partition", "pi_lab"], "500 CPUs"),
         (
@@ -358,7 +341,9 @@ def test_the_controller_away_during_a_submission(cluster, engaging, checkout):
     finally:
         practice.start_controller(cluster.folder)
     try:  # before the nodes have reported to it, it refuses what they have: that is waited for
-        assert "Recommended: 2 GPUs" in engaging("plan", "gpt2", "--gpus", 2, "--gpu-type", "h200").stdout
+        assert (
+            "Recommended: 2 h200 GPUs" in engaging("plan", "gpt2", "--gpus", 2, "--gpu-type", "h200").stdout
+        )
     finally:
         practice.wait_for_registration(cluster.folder)
     engaging("launch", "gpt2", "--name", "away", "--partition", "mit_preemptable")
@@ -371,11 +356,22 @@ def test_plan_recommends_what_can_start(cluster, engaging):
     )
     assert never.returncode == 1 and "cannot start here" in never.stdout and "What can: " in never.stdout
     waves = json.loads(engaging("plan", "gpt2", "--gpus", 1, "--seeds", 12, "--time", "6h", "--json").stdout)
+    heading = engaging("plan", "gpt2", "--gpus", 1, "--time", "4:00", "--partition", "mit_normal_gpu").stdout
+    assert heading.startswith("gpt2: 1 GPU, 4 minutes at most\n") and "--time 00:04:00" in heading  # case C4
     rows = {row["partition"]: row for row in waves["options"] if row["ok"] and row["gpu_type"] == "h200"}
     assert rows["mit_normal_gpu"]["waves"] == 6 and rows["mit_preemptable"]["waves"] == 3
     assert rows["mit_preemptable"]["gpu_hours"] == 72 and waves["recommended"]["command"].startswith(
         "engaging launch gpt2"
     )
+
+
+def test_a_time_is_what_slurm_reads(cluster):
+    """Case C4: the launcher's own reading of each form against the job's limit."""
+    for text in ("4:00", "90", "1-00", "1:30:00", "1-12:30"):
+        job = cluster.sbatch("-p", "pi_lab", "-H", f"--time={text}", "-o", "/dev/null", "--wrap", "true")
+        limit = cluster.job(job)["TimeLimit"]
+        cluster.cancel(job)
+        assert clock(parse_minutes(text)) == limit, text
 
 
 def test_site_init_asks_the_cluster(cluster, engaging, checkout):

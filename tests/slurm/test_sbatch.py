@@ -41,10 +41,12 @@ def typed(cluster, project):
         (f"sbatch -H -G h200:2 {SHAKESPEARE}", "mit_normal_gpu gpu:h200:2", ""),
         (f"sbatch -H --gres=gpu:2 -c 8 --mem=64G {SHAKESPEARE}", "gpu:2 gres:gpu:4 gpu:32768", "--cpus-per-gpu=4"),
         (f"sbatch -H -p mit_normal_gpu --gres=gpu:1 {GPT2}", "mit_normal_gpu TimeLimit=06:00:00", "all that"),
+        (f"sbatch -H -t 4:00 {SHAKESPEARE}", "TimeLimit=00:04:00", "--time=4:00: 4 minutes, as SLURM reads it"),
+        (f"sbatch -H --export=A=1 {SHAKESPEARE}", "gpu:1", "leaves ENV_PATH, DATA_ROOT, SPEEDRUN_TRAINER behind"),
         (f"sbatch -H --account=mit_general {SHAKESPEARE} --x=1", "Account=mit_general", "without --qos"),
         (f"cd slurm/nanogpt && sbatch -H {SHAKESPEARE[14:]}", "logs/nanogpt-train-shakespeare-", "its log goes"),
     ],
-    ids=range(12),
+    ids=range(14),
 )  # fmt: skip
 def test_what_people_type_becomes_what_fits(cluster, typed, line, fields, remark):
     done = typed(line)
@@ -109,7 +111,8 @@ def test_later_edits_reach_a_job_only_when_it_came_by_plain_sbatch_and_it_says_s
     trainer.write_text("print('old code')\n")
     (project.data / "fineweb10B").mkdir(exist_ok=True)
     (project.data / "fineweb10B" / "manifest.json").touch()
-    line = f"sbatch -H -p pi_lab --gres=gpu:1 {SPEEDRUN}"
+    passed_on = "ENV_PATH,DATA_ROOT,SPEEDRUN_TRAINER"  # case G4: not ALL, and the job's copy of the trainer goes along
+    line = f"sbatch -H -p pi_lab --gres=gpu:1 --export={passed_on},A=1 {SPEEDRUN}"
     try:
         jobs = [typed(line, SPEEDRUN_TRAINER="nanogpt.marked", ENGAGING_SBATCH=on).job for on in ("1", "0")]
         cluster.wait_until(lambda: cluster.run("sleep", "1.1"))  # SLURM notes the second of a submission

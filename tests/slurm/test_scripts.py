@@ -34,7 +34,15 @@ def test_both_doors_and_every_form_of_gpus(cluster, project, slow_jobs, standin)
             SPEEDRUN, steps, "--out_dir=out/type", GPU_TYPE="h100", NUM_GPUS="2", TIME="20m", **standin
         ),
         "sbatch": project.sbatch(
-            "-p", "pi_lab", "--gres=gpu:1", SPEEDRUN, "--", steps, "--out_dir=out/sbatch", **standin
+            "-p",
+            "pi_lab",
+            "--gres=gpu:1",
+            "--export=ENV_PATH,DATA_ROOT,SPEEDRUN_TRAINER,A=1",  # case G4
+            SPEEDRUN,
+            "--",
+            steps,
+            "--out_dir=out/sbatch",
+            **standin,
         ),
         "fewer": project.sbatch(
             *("-p", "pi_lab", "--gres=gpu:2", SPEEDRUN, steps, "--out_dir=out/fewer"), NUM_GPUS="1", **standin

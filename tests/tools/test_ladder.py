@@ -9,7 +9,7 @@ from nanogpt.common.errors import UserError
 from tools.launch.book import new_launch
 from tools.site import ladder
 from tools.site.cluster import Cluster
-from tools.site.estimate import past
+from tools.site.estimate import past, too_short
 from tools.site.slurm import Answer, Association, Job
 
 
@@ -113,6 +113,10 @@ def test_a_time_names_its_source(home):
     a_run(home, "first", 3.1, gpus=["NVIDIA H200"] * 4, seconds=7200.0)
     assert past(home, "gpt2") == "your run first trained for 2 h on 4x NVIDIA H200"
     assert "not a measurement" in past(home, "nanogpt")
+    assert too_short(home, "gpt2", 4).startswith(
+        "4 minutes is less than that, so it would go on in 29 further jobs"
+    )
+    assert too_short(home, "gpt2", 120) == too_short(home, "nanogpt", 4) == ""  # case C4
 
 
 def test_what_slurm_says(home, monkeypatch):
@@ -124,7 +128,7 @@ def test_what_slurm_says(home, monkeypatch):
     somebody = Cluster(associations=[Association("mit_general", ("normal",))], my_jobs=[job])
     monkeypatch.setattr(ladder, "ask_cluster", lambda: somebody)
     rungs = standing(home)
-    assert rungs["account"].text == "mit_general" and rungs["quickstart"].command.startswith("srun ")
+    assert rungs["account"].text == "mit_general" and rungs["quickstart"].command == "make quickstart"
     assert "engaging why 7" in rungs["char model"].text
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt.common.errors import UserError
+from tools.launch import presets
 from tools.launch.presets import NAMED
 from tools.site import plan, slurm
 from tools.site.cluster import Cluster, read_jobs, read_nodes, read_partitions, read_qos
@@ -15,6 +16,7 @@ from tools.site.reasons import ENDS, REASONS
 from tools.site.slurm import Association, Qos
 from tools.site.why import explain
 
+ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).parent / "recorded"
 SITE = Site("test")
 
@@ -37,9 +39,9 @@ def request(gpus=1, kind="h200", minutes=60, nodes=1, cpus=8, **more) -> Request
     ("partition", "asked", "said"),
     [
         ("mit_normal_gpu", request(2), ""),
-        ("mit_normal_gpu", request(4), "2 GPUs user"),
+        ("mit_normal_gpu", request(4), "2 GPUs a user"),
         ("mit_preemptable", request(4), ""),
-        ("mit_preemptable", request(8), "4 GPUs user"),
+        ("mit_preemptable", request(8), "4 GPUs a user"),
         ("mit_preemptable", request(2, nodes=3), "2 such nodes"),
         ("mit_preemptable", request(2, nodes=2), ""),
         ("mit_normal_gpu", request(1, minutes=361), "time limit 6 h"),
@@ -90,6 +92,7 @@ def test_a_limit_by_type(cluster):
     assert gpu_cap(cluster, cluster.partitions["mit_preemptable"], request(2))[0] == 1
     assert refusals(cluster, request(2), "mit_preemptable")[0].remedy == "--gpus=1"
     assert refusals(cluster, request(2, "h100"), "mit_preemptable") == []
+    assert refusals(cluster, request(2), "mit_preemptable")[0].short == "1 h200 GPU a user"
 
 
 def test_an_8_gpu_speedrun_cannot_start_on_the_free_tier(cluster):
@@ -128,10 +131,20 @@ def test_plan_on_clusters_of_other_makes(monkeypatch, partitions, nodes, gpus, r
     assert ((less.partition, less.request.gpus) if less else None) == instead
 
 
+def test_what_is_small_leaves_the_fast_gpus_to_others(cluster):
+    asked = Request(1, None, 60, 1, 0)
+    types = [
+        best(options(cluster, SITE, asked, NAMED[name])).request.gpu_type for name in ("nanogpt", "gpt2")
+    ]
+    assert types == ["l40s", "h200"]
+    assert best(options(cluster, SITE, asked, presets.resolve(ROOT, "quickstart"))).request.gpu_type == "l40s"
+
+
 def test_waves_and_gpu_hours():
     option = Option("p", request(1, minutes=360), at_once=4)
     assert (option.waves(12), option.waves(3), option.gpu_hours(12)) == (3, 1, 72.0)
     assert Option("p", request(1)).waves(100) == 1
+    assert Option("p", request(1), at_once=9, room=2).waves(100) == 50
     line = launch_line("gpt2", option, 12)
     assert line == (
         "engaging launch gpt2 --gpus 1 --gpu-type h200 --time 06:00:00 --partition p --seeds 12 --throttle 4"

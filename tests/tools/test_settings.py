@@ -63,9 +63,11 @@ def test_scripts_read_what_config_has_written(home, monkeypatch, capsys, root, s
     for key, value in {"lab": str(lab), "qos": "mine", "data_root": "~/my data"}.items():
         shown(capsys, "set", key, value)
 
-    def read() -> tuple[dict[str, str], str]:
+    def read(sites: object = "") -> tuple[dict[str, str], str]:
         keys = ("account", "qos", "partition", "env_path", "data_root")
-        words = ". ./settings.sh; " + "; ".join(f"engaging_setting {key}; echo" for key in keys)
+        words = f"_engaging_sites='{sites}'; . ./settings.sh; " + "; ".join(
+            f"engaging_setting {key}; echo" for key in keys
+        )
         done = subprocess.run(
             [shell, "-c", words], cwd=root / "slurm/lib", capture_output=True, text=True, check=True
         )
@@ -75,6 +77,36 @@ def test_scripts_read_what_config_has_written(home, monkeypatch, capsys, root, s
     found, said = read()
     assert said == "" and found == {key: row.value for key, row in settings.resolve().items() if key != "lab"}
     assert found["env_path"] == f"{home}/envs/it is" and "partition" not in found
+    clone = home / "clone"
+    for mark in ("nanogpt/common", "slurm/lib", "slurm/sites"):
+        (clone / mark).mkdir(parents=True)
+    (clone / "pyproject.toml").touch()
+    site = clone / "slurm/sites/mars.toml"
+    site.write_text(
+        'name = "mars"\ncluster_names = ["red"]\n[settings]\nqos = "site"\npartition = "dust"\n[defaults]\n'
+    )
+    (clone / "slurm/sites/generic.toml").write_text('[settings]\npartition = "other"\n')
+    monkeypatch.chdir(clone)
+    scontrol = home / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\necho 'ClusterName             = red'\n")
+    scontrol.chmod(0o755)
+    (home / "bin/sinfo").symlink_to(scontrol)
+    (home / "bin/sbatch").symlink_to(scontrol)
+    monkeypatch.setenv("PATH", f"{home}/bin:/usr/bin:/bin")
+    for name, partition in (("", "dust"), ("generic", "other")):
+        monkeypatch.setenv("ENGAGING_SITE", name)
+        found, said = read(site.parent)
+        assert said == "" and (found["qos"], found["partition"]) == ("mine", partition)
+        assert found == {key: row.value for key, row in settings.resolve().items() if key != "lab"}
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    site.write_text('name = "mars"\ncluster_names = ["red"]\n[settings]\nboard = "/red/board"\n')
+    settings.apply()
+    assert "ENGAGING_BOARD" not in os.environ  # generic.toml was named
+    os.environ["ENGAGING_SITE"] = ""
+    settings.apply()
+    assert os.environ["ENGAGING_BOARD"] == "/red/board"
+    site.unlink()
     lab.chmod(0o666)
     found, said = read()
     assert found == {"qos": "mine", "data_root": f"{home}/my data"} and "everybody may write" in said

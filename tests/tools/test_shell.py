@@ -30,7 +30,7 @@ def terminal(root, tmp_path):
         if pid == 0:
             os.execvpe(
                 sys.executable,
-                [sys.executable, "-P", str(script), str(root), "300", str(idle)],
+                [sys.executable, "-I", str(script), str(root), "300", str(idle)],
                 environment,
             )
         screen, limit = "", time.monotonic() + 60
@@ -54,7 +54,7 @@ def terminal(root, tmp_path):
 def test_it_warns_before_the_end_and_goes_back_when_idle(terminal):
     screen, status = terminal(1.0, "")
     assert status == 0
-    assert "this job ends in 4 minutes" in screen and "idle for 0 minutes: the GPUs go back" in screen
+    assert "this job ends in 4 min:" in screen and "idle for 0 min: the GPUs go back" in screen
 
 
 def test_the_environment_is_on_in_the_repository(terminal, root):

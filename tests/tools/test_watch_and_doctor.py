@@ -196,7 +196,7 @@ def test_a_slow_link_and_missing_gpus_are_findings(monkeypatch):
     assert checks_gpu.judge_reduce({**facts, "bus_gb_per_s": 20.0, "name": "NVIDIA L40S"}).level == "ok"
     monkeypatch.setattr(checks_gpu, "local_gpus", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert "--gpus=2: 1 GPUs" in checks_gpu.all_reduce(2, 1).text
+    assert "--gpus=2: 1 GPU can" in checks_gpu.all_reduce(2, 1).text
     assert checks_gpu.all_reduce(0, 1).level == "skip"
 
 

@@ -41,10 +41,10 @@ class Changes:
 def find(baseline: Group, variant: Group) -> Changes:
     """Compare the configurations, the sources and the machines of the first counted run of each side."""
     sides = baseline, variant
-    found = Changes(_different(*(settings_of(group) for group in sides)))
     folders = [group.counted[0].path / "source" for group in sides if group.counted]
-    if len(folders) == 2 and all(folder.is_dir() for folder in folders):
-        found.source = _source(*folders)
+    copied = len(folders) == 2 and all(folder.is_dir() for folder in folders)
+    texts = [texts_in(folder) for folder in folders] if copied else [{}, {}]
+    found = between(*(settings_of(group) for group in sides), *texts)
     for name in ("gpu", "count", "torch", "host"):
         values = [{str(getattr(one, name)) for one in group.hardware()} - {"", "0"} for group in sides]
         if all(values) and values[0] != values[1]:
@@ -53,14 +53,35 @@ def find(baseline: Group, variant: Group) -> Changes:
     return found
 
 
+def between(
+    old: dict[str, Any], new: dict[str, Any], before: dict[str, list[str]], after: dict[str, list[str]]
+) -> Changes:
+    """What differs between two sets of settings, and between two sources: the lines of each file by its name."""
+    return Changes(_different(old, new), _source(before, after))
+
+
 def settings_of(group: Group) -> dict[str, Any]:
     """What a variant was trained with: its run's own configuration, else its experiment's; flat, by dotted keys."""
     path = group.counted[0].path / "config.json" if group.counted else Path("/nowhere")
     own = strict.section(strict.read_object(path), "config", str(path)) if path.is_file() else {}
-    flat = own or _flat(group.config)
+    return settings(own or _flat(group.config))
+
+
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run's knobs that say what was trained, apart from its seed."""
     return {
-        key: value for key, value in flat.items() if key.rpartition(".")[2] not in INCIDENTAL | DESCRIPTIVE
+        key: value for key, value in config.items() if key.rpartition(".")[2] not in INCIDENTAL | DESCRIPTIVE
     }
+
+
+def texts_in(folder: Path) -> dict[str, list[str]]:
+    """The lines of each file of source under `folder`, by its name there."""
+    return {str(path.relative_to(folder)): _lines(path) for path in folder.rglob("*.py") if path.is_file()}
+
+
+def lines_of(data: bytes) -> list[str]:
+    """The lines of a file of source."""
+    return data[:LARGEST_SOURCE].decode("utf-8", "replace").splitlines()
 
 
 def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
@@ -79,9 +100,9 @@ def _said(value: object) -> str:
     return printable(str(value))[:80] or "empty"
 
 
-def _source(old: Path, new: Path) -> list[tuple[str, int, int, list[str]]]:
+def _source(old: dict[str, list[str]], new: dict[str, list[str]]) -> list[tuple[str, int, int, list[str]]]:
     """The source files that differ, by name."""
-    texts = [{str(p.relative_to(f)): _lines(p) for p in f.rglob("*.py") if p.is_file()} for f in (old, new)]
+    texts = old, new
     found = []
     for name in sorted(texts[0].keys() | texts[1].keys()):
         before, after = (text.get(name, []) for text in texts)
@@ -96,7 +117,7 @@ def _source(old: Path, new: Path) -> list[tuple[str, int, int, list[str]]]:
 
 def _lines(path: Path) -> list[str]:
     with path.open("rb") as file:
-        return file.read(LARGEST_SOURCE).decode("utf-8", "replace").splitlines()
+        return lines_of(file.read(LARGEST_SOURCE))
 
 
 def text(found: Changes) -> list[str]:
@@ -114,6 +135,13 @@ def text(found: Changes) -> list[str]:
         lines.append(f"  ... and {len(found.source) - MOST_FILES} more files")
     lines += [f"  {name}: {old} -> {new}" for name, old, new in found.surroundings]
     return lines
+
+
+def brief(found: Changes, most: int = MOST_KEYS) -> list[str]:
+    """The same in a few words each: `learning_rate: 0.1 -> 0.2`, `nanogpt/model.py: +3 -1`; no machines."""
+    lines = [f"{key}: {old} -> {new}" for key, old, new in found.config]
+    lines += [f"{name}: +{plus} -{minus}" for name, minus, plus, _ in found.source]
+    return [*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])]
 
 
 def caution(found: Changes) -> str:

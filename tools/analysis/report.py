@@ -230,7 +230,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--out={out}: the folder {out.parent} does not exist; make it, or name another")
     found = analyze.analyze(load.load(args.dir), args.target, args.baseline)
     title = printable(args.title or args.dir[0].resolve().name)[:120] or "Report"
-    made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    made = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     told = [word for at, word in enumerate(argv) if not _is_note(argv, at)]  # notes stand on the page already
     command = printable("engaging report " + " ".join(shlex.quote(_portable(word)) for word in told))
     notes = [printable(note)[:1000] for note in args.note if note.strip()]

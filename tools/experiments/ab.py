@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tarfile
 import time
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def _run_all(root: Path, home: Path, plan: dict[str, Any], args: Any, surroundin
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 def _gpus() -> list[str]:

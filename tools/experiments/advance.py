@@ -2,12 +2,13 @@
 
 engaging experiment promote palm              the decision with its reasons
 engaging experiment promote palm --rules      the rules themselves
-engaging experiment promote palm --run        ... and start the next stage
+engaging experiment promote palm --run        ... and start the next stage, the baseline in turn with the variant
 """
 
 import argparse
 import json
-from dataclasses import replace
+import shlex
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
@@ -34,23 +35,47 @@ def main(argv: list[str]) -> int:
     root = checkout()
     members = study.experiments(root, args.study)
     results = study.stage_results(members)
-    decision = promote.decide(results, args.stage or "", args.advance)
+    decision = promote.decide(results, args.stage or "", args.advance, args.typed_baseline)
     full = [config for _, config in _configurations(root, members) if config.letter == "C"]
     lines = evidence(results, full, args.price)
+    coming, problem = _next_stage(root, args, members, decision)
+    sums = costs.coming(root, decision.to, coming.planned, args.price, coming.late)
     if args.json:
-        print(json.dumps(_as_json(decision, results, lines), indent=1))
+        print(json.dumps(_as_json(decision, results, lines, coming, sums), indent=1))
     else:
         show(decision)
-        print("\n".join(lines))
-    if args.run and decision.advance:
-        return _start_next(root, args, members, decision)
-    begun = {e.config.variant for e in members if e.config.letter == decision.to and not _all_skipped(e)}
-    if set(decision.advance) <= begun and not args.json:
-        if decision.advance:
-            print(f"\nstage {decision.to} has begun: engaging experiment status {' '.join(args.study)}")
-    elif decision.advance and not args.json:
-        print(f"\nstart it: engaging experiment promote {' '.join(args.study)} --run")
-    return 0 if decision.advance else 1
+        print("\n".join([*lines, *sums]))
+    if args.run and (decision.advance or decision.with_baseline):
+        if problem:
+            raise problem
+        return _start(root, args, decision, coming)
+    if not args.json:
+        _say_next(args, shlex.join(["engaging", "experiment", "promote", *argv]), decision, coming, problem)
+    return 0 if decision.advance and decision.complete else 1
+
+
+@dataclass
+class Coming:
+    """What a decision starts: new experiments, and skipped ones that are opened again."""
+
+    planned: list[Experiment] = field(default_factory=list)
+    skipped: list[Experiment] = field(default_factory=list)
+    late: bool = False  # they come after other runs of their stage, not in turn with them
+
+
+def _say_next(
+    args: argparse.Namespace, typed: str, decision: Decision, coming: Coming, problem: UserError | None
+) -> None:
+    """The command that follows, or what is in its way."""
+    if problem:
+        print(f"\n{problem}")
+    elif coming.planned or coming.skipped:
+        print(f"\nstart it: {typed} --run")
+        if stated := decision.could_be_typed:
+            numbers = ",".join(f"{value:g}" for value in stated if value is not None)
+            print(f"or judge by what was typed: {typed} --typed-baseline {numbers}")
+    elif decision.advance:
+        print(f"\nstage {decision.to} has begun: engaging experiment status {' '.join(args.study)}")
 
 
 def show(decision: Decision) -> None:
@@ -63,6 +88,8 @@ def show(decision: Decision) -> None:
         mark = (
             "goes on"
             if goes
+            else "undecided"
+            if not decision.complete
             else "out"
             if not finding.passed
             else "set back"
@@ -95,40 +122,79 @@ def evidence(
     return lines
 
 
-def _start_next(root: Path, args: argparse.Namespace, members: list[Experiment], decision: Decision) -> int:
-    """Create and start the chosen variants' experiments of stage `decision.to`; those that exist stay as they are."""
+def _next_stage(
+    root: Path, args: argparse.Namespace, members: list[Experiment], decision: Decision
+) -> tuple[Coming, UserError | None]:
+    """The chosen variants' experiments of stage `decision.to` (those that exist stay as they are), nothing written
+    yet; and what is in the way, if anything is."""
+    if not decision.advance and not decision.with_baseline:
+        return Coming(), None
     there = {e.config.variant: e for e in members if e.config.letter == decision.to}
-    wanted = [variant for variant in decision.advance if variant not in there]
-    skipped = [there[v] for v in decision.advance if v in there and _all_skipped(there[v])]
+    coming = Coming(skipped=[there[v] for v in decision.advance if v in there and _all_skipped(there[v])])
     files = _configurations(root, members)
-    planned = []
-    for variant in wanted:
-        match = [
-            (path, config)
-            for path, config in files
-            if (config.variant, config.letter) == (variant, decision.to)
+    here = [e for e in members if e.config.letter == decision.stage]
+    like = {e.config.variant: e for e in here[::-1]}
+    try:
+        wanted = [variant for variant in decision.advance if variant not in there]
+        chosen = [
+            _configuration(files, variant, decision.to, like.get(variant, here[0])) for variant in wanted
         ]
-        if not match:
-            source = next(e for e in members if e.config.variant == variant)
-            raise UserError(
-                f"{source.config.label}: no configuration of stage {decision.to} has its script and "
-                f"hyperparameters; copy {source.config_file}, change stage, n_gpus and stage_config"
-            )
-        like = next(e for e in members if e.config.variant == variant)
-        made = run.make(
-            root, match[0][0], match[0][1], executor=_executor(args, like), study=like.study, args=args,
-            overrides=list(like.overrides),
-        )  # fmt: skip
-        planned.append(replace(made, options={**like.options, **made.options}))
-    if not planned and not skipped:
+        if decision.with_baseline and not any(e.config.is_baseline for e in there.values()):
+            chosen.append(_its_baseline(files, decision.to, here[0]))
+        for path, config in chosen:
+            model = like.get(config.variant, here[0])
+            made = run.make(
+                root, path, _alike(config, model) if decision.to == decision.stage else config,
+                executor=_executor(args, model), study=model.study, args=args,
+                overrides=list(model.overrides),
+            )  # fmt: skip
+            coming.planned.append(replace(made, options={**model.options, **made.options}))
+    except UserError as error:
+        return coming, error
+    coming.late = decision.to == decision.stage
+    return coming, None
+
+
+def _configuration(files: list, variant: str, letter: str, source: Experiment) -> tuple:
+    """(path, configuration) of a variant at a stage. UserError when there is none."""
+    for path, config in files:
+        if (config.variant, config.letter) == (variant, letter):
+            return path, config
+    raise UserError(
+        f"{source.config.label}: no configuration of stage {letter} has its script and "
+        f"hyperparameters; copy {source.config_file}, change stage, n_gpus and stage_config"
+    )
+
+
+def _alike(config: ExperimentConfig, model: Experiment) -> ExperimentConfig:
+    """The configuration with the length, the GPUs and the seeds that its stage has had so far."""
+    same = {"stage_config": model.config.stage_config, "base_seed": model.config.base_seed}
+    return config.model_copy(update={**same, "n_gpus": model.gpus, "n_runs": len(model.runs)})
+
+
+def _its_baseline(files: list, letter: str, source: Experiment) -> tuple:
+    """The same for the baseline that nobody has run yet: the nearest one with the script of `source`."""
+    script = Path(source.config.script).name
+    for path, config in files:
+        if config.letter == letter and config.is_baseline and Path(config.script).name == script:
+            return path, config
+    raise UserError(
+        f"stage {letter}: no configuration is its baseline: copy {source.config_file}, change stage, n_gpus and "
+        'stage_config, undo what the variant changes, and write "modification_type": "none"'
+    )
+
+
+def _start(root: Path, args: argparse.Namespace, decision: Decision, coming: Coming) -> int:
+    """Create what is new, open what was skipped, start the runs in turn."""
+    if not coming.planned and not coming.skipped:
         print(f"\nstage {decision.to} was started already: engaging experiment status {' '.join(args.study)}")
         return 0
-    if planned:
-        run.need_fit(root, planned, args.no_check)
+    if coming.planned:
+        run.need_fit(root, coming.planned, args.no_check)
     print()
-    code = records.keep_code(root) if planned else {}
-    made = [records.create(root, experiment, code) for experiment in planned]
-    return run.start(root, [*made, *(gate.open_again(experiment) for experiment in skipped)])
+    code = records.keep_code(root) if coming.planned else {}
+    made = [records.create(root, experiment, code) for experiment in coming.planned]
+    return run.start(root, [*made, *(gate.open_again(experiment) for experiment in coming.skipped)])
 
 
 def _all_skipped(experiment: Experiment) -> bool:
@@ -159,12 +225,14 @@ def _configurations(root: Path, members: list[Experiment]) -> list:
     return found
 
 
-def _as_json(decision: Decision, results: list[Result], lines: list[str]) -> dict:
+def _as_json(
+    decision: Decision, results: list[Result], lines: list[str], coming: Coming, sums: list[str]
+) -> dict:
     labels = {result.variant: result.label for result in results}
     return {
         "stage": decision.stage,
         "to": decision.to,
-        "advance": [labels[variant] for variant in decision.advance],
+        "advance": [labels.get(variant, "baseline") for variant in decision.advance],
         "verdict": decision.verdict,
         "findings": [
             {
@@ -179,6 +247,8 @@ def _as_json(decision: Decision, results: list[Result], lines: list[str]) -> dic
             for finding in decision.findings
         ],
         "evidence": lines,
+        "starts": [experiment.config.experiment_name for experiment in coming.planned + coming.skipped],
+        "costs": sums,
     }
 
 
@@ -192,6 +262,12 @@ def _parser() -> Parser:
         type=whole("--advance", 1, 2),
         default=1,
         help="at most this many from stage A (default 1)",
+    )
+    add(
+        "--typed-baseline",
+        type=promote.typed_numbers,
+        metavar="MEAN[,STD]",
+        help="the cheaper plan: run no baseline, hold the variants against these numbers; the verdict says so",
     )
     add("--price", type=price, help="a GPU-hour's price: 2.5, or by type: h100=2.99,l40s=0.80")
     add("--n-runs", type=whole("--n-runs", 1, 1000), help="seeds at the next stage")

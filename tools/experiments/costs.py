@@ -7,9 +7,11 @@ import os
 from dataclasses import dataclass
 
 from nanogpt.common.errors import UserError
+from tools.args import counted
 from tools.experiments import records
 from tools.experiments.config import ExperimentConfig
 from tools.experiments.flags import price, price_of
+from tools.experiments.records import Experiment
 from tools.experiments.study import Result, kin_of, result_of, work_of
 
 # (GPUs, dollars a run) of each stage on what it is made for (an L40, 4 A100, 8 H100): the staged workflow's budget.
@@ -76,6 +78,50 @@ def money(hours: float, kind: str | None, known: dict[str, float] | None, gpus: 
     return f"{hours:.3g} GPU-hours" + (f", ${hours * cost:.2f}" if cost is not None else "")
 
 
+def coming(
+    root, letter: str, planned: list[Experiment], asked: dict[str, float] | None, late: bool
+) -> list[str]:
+    """What the experiments that a decision starts will cost, the baseline's part beside the sum; [] for none."""
+    from tools.experiments.queue import arguments
+
+    known, past = prices(asked), history(root)
+    lines, parts = list[str](), list[tuple[bool, float, float | None]]()
+    for experiment in planned:
+        gpus, runs = experiment.gpus, len(experiment.runs)
+        found = estimate(experiment.config, gpus, past, arguments(experiment, 1).time)
+        price = price_of(known, experiment.options.get("gpu_type"))
+        each = usual(letter, gpus) if known is None else None if price is None else price * found.gpu_hours
+        hours, dollars = runs * found.gpu_hours, None if each is None or not gpus else runs * each
+        parts.append((experiment.config.is_baseline, hours, dollars))
+        on = counted(gpus, "GPU") if gpus else "a CPU"
+        label = experiment.config.label
+        lines.append(f"  {label}: {counted(runs, 'run')} on {on}, {_sum(parts[-1:], gpus)} ({found.source})")
+    if not planned:
+        return []
+    base = [part for part in parts if part[0]]
+    aside = f"; the baseline's part: {_sum(base, planned[0].gpus)}" if base and len(parts) > 1 else ""
+    lines = [
+        f"stage {letter} would start:",
+        *lines,
+        f"  sum: {_sum(parts, planned[0].gpus)}{aside}",
+    ]
+    if late:
+        lines.append(
+            "  after the runs that are there, not in turn with them: how the machine changed is in it"
+        )
+    elif len(planned) > 1:
+        lines.append("  in turn: run 0 of each, then run 1")
+    return lines
+
+
+def _sum(parts: list[tuple[bool, float, float | None]], gpus: int) -> str:
+    """`12 GPU-hours, $36.90` of (baseline?, hours, dollars)."""
+    hours = sum(part[1] for part in parts)
+    dollars = [part[2] for part in parts]
+    text = f"{hours:.3g} GPU-hours" if gpus else f"{hours:.3g} hours of a CPU"
+    return text if None in dollars else f"{text}, ${sum(dollars):.2f}"
+
+
 def saved(results: list[Result], full: list[ExperimentConfig], asked: dict[str, float] | None) -> list[str]:
     """What was spent by stage, and what all variants in full would have cost."""
     known = prices(asked)
@@ -120,7 +166,7 @@ def _against_full(
         chosen += 2 * in_full / len(everything)
     cost = money(in_full, kind, known, gpus)
     lines = [f"all {len(everything)} variants in full: {cost} ({', '.join(sorted(sources))})"]
-    if in_full > 0:
+    if in_full > 0 and len(everything) > 2:  # with one variant there was nothing to choose
         how = "so far" if reached else "with the baseline and one variant in full"
         lines.append(
             f"by stages, {how}: {money(chosen, kind, known, gpus)}; saved: "

@@ -168,7 +168,7 @@ class Executor:
                 return EXIT_INTERRUPTED
             self._child = subprocess.Popen(
                 command, cwd=self.root, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                process_group=0, preexec_fn=_end_with_parent,
+                preexec_fn=_end_with_parent,
             )  # fmt: skip
         try:
             with _progress(label, folders) as show:
@@ -200,7 +200,11 @@ def run_command(experiment: Experiment, words: list[str], in_job: bool) -> tuple
 
 
 def _end_with_parent() -> None:
-    """In the child, before run.sh: when this runner is killed, run.sh is told to stop, and the trainer saves."""
+    """In the child, before run.sh: when this runner is killed, run.sh is told to stop, and the trainer saves.
+
+    Its process group is its own: the terminal's Ctrl-C is the runner's to pass on.
+    """
+    os.setpgrp()
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

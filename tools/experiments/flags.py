@@ -59,8 +59,3 @@ def price_of(prices: dict[str, float] | None, kind: str | None) -> float | None:
     if not prices:
         return None
     return prices.get((kind or "").lower(), prices.get(""))
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 GPU`, `2 GPUs`, `no GPU`."""
-    return f"{count or 'no'} {noun}{'s' * (count > 1)}"

@@ -13,7 +13,15 @@ def decision_for(experiment: Experiment) -> Decision | None:
         return None
     shelf = experiment.folder.parent
     before = [records.read(shelf / name) for name in experiment.gate if records.is_experiment(shelf / name)]
-    return promote.decide(study.stage_results(before))
+    return _decide(before)
+
+
+def _decide(before: list[Experiment]) -> Decision:
+    """The rules, applied to what was queued: where no baseline was, the numbers that its configurations state."""
+    results = study.stage_results(before)
+    last = max((result.letter for result in results if result.letter in promote.NEXT), default="")
+    here = [result for result in results if result.letter == last]
+    return promote.decide(results, typed=None if any(r.baseline for r in here) else promote.stated(here))
 
 
 def through(experiments: list[Experiment]) -> list[Experiment]:
@@ -27,7 +35,8 @@ def through(experiments: list[Experiment]) -> list[Experiment]:
                 print(f"promotion from stage {decision.stage}: {decision.verdict}", flush=True)
         decision = known[experiment.gate]
         config = experiment.config
-        if decision is None or decision.passes(config.letter, config.variant):
+        along = config.is_baseline and bool(decision and decision.advance and decision.to == config.letter)
+        if decision is None or along or decision.passes(config.letter, config.variant):
             found.append(experiment)
         elif decision.complete:
             skip(
@@ -58,7 +67,7 @@ def open_again(experiment: Experiment) -> Experiment:
 
 def pivot(before: list[Experiment], group: list[Experiment]) -> list[Experiment]:
     """The skipped experiments of stage B that the one pivot goes to, opened again; [] when there is none."""
-    decision = promote.decide(study.stage_results([*before, *group]))
+    decision = _decide([*before, *group])
     if decision.stage != "B" or decision.to != "B":
         return []
     return [

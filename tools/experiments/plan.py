@@ -14,9 +14,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, minutes, whole, words
+from tools.args import Parser, counted, minutes, whole, words
 from tools.experiments import costs, run, status, study
-from tools.experiments.flags import add_execution, counted, price
+from tools.experiments.flags import add_execution, price
 from tools.experiments.records import Experiment
 from tools.place import checkout
 from tools.site import slurm
@@ -133,7 +133,7 @@ def _ask(root: Path, row: Row, first: Experiment, todo: int, each: float, cluste
         option = option_for(first, cluster, root, todo, first.one_job)
         args = arguments(first)
         args.seeds = 1 if first.one_job else todo
-        row.at_once = min(fitting_throttle(args, cluster, option), _room(cluster, option))
+        row.at_once = min(fitting_throttle(args, cluster, option), option.room or 1)
     except UserError as error:
         row.problem = str(error)
         return
@@ -143,19 +143,6 @@ def _ask(root: Path, row: Row, first: Experiment, todo: int, each: float, cluste
     row.waves = -(-args.seeds // row.at_once)
     row.minutes = row.waves * each * (todo if first.one_job else 1)
     row.start, row.end = _times(max(begin, option.start or begin), row.minutes)
-
-
-def _room(cluster, option) -> int:
-    """Runs that the partition's usable nodes hold side by side when nobody else is there; at least 1."""
-    from tools.site.limits import gpus_in
-
-    request = option.request
-    rooms = 0
-    for node in cluster.nodes_of(option.partition.split(",")[0]):
-        fits = [node.cpus // max(1, request.cpus)]
-        fits += [gpus_in(node, request.gpu_type) // request.gpus] if request.gpus else []
-        rooms += min(fits) if node.usable else 0
-    return max(1, rooms)
 
 
 def _times(start: datetime, length: float) -> tuple[str, str]:

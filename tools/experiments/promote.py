@@ -9,23 +9,28 @@ From A (screening) to B (validation):
   The first one goes on; the second as well when the two means differ by less than their standard error (--advance 2).
 From B (validation) to C (full):
   1. complete   as above.
-  2. mean       below the baseline's at this stage (or `baseline_val_loss` of its configuration).
+  2. mean       below the baseline's at this stage.
   3. trend      all its runs but at most one end below the baseline's mean.
   4. interval   its 95% interval and the baseline's overlap by at most half of the narrower one.
   What fails here is replaced by the next of stage A, once: one pivot. After that the study ends.
-The baseline goes along to every stage, unless the configurations carry baseline_val_loss and baseline_std.
+Stages are never compared with each other, so the baseline goes along to every stage; where it is not, nothing is
+decided and `--run` adds it. Only numbers that somebody typed can stand in for it (--typed-baseline MEAN,STD, the
+cheaper plan; stage A takes baseline_val_loss and baseline_std of the configurations too): the verdict then says so.
 """
 
 import statistics as exact
 from dataclasses import dataclass, field
 
+from nanogpt.common.errors import UserError
 from tools.experiments.study import Result
+
+Typed = tuple[float, float | None]  # a baseline's mean and standard deviation that somebody wrote down
 
 UNSTEADY = 3.0  # times the median spread
 SHRUNK = 0.5  # of the gain in the middle of the run
 OVERLAP = 0.5  # of the narrower interval
 PIVOTS = 1
-TYPED = "(against typed numbers, not evidence: baseline_val_loss of the configuration; no baseline ran at this stage)"
+TYPED = "(against typed numbers, not evidence: no baseline ran at this stage)"
 NEXT = {"A": "B", "B": "C"}
 
 
@@ -61,6 +66,10 @@ class Decision:
     verdict: str = ""
     complete: bool = True  # False: runs are missing, so nothing is decided yet
     pivots_used: int = 0
+    with_baseline: bool = False  # the baseline belongs to stage `to`, and no stage here tells which one it is
+    could_be_typed: Typed | None = (
+        None  # what the configurations state, where the missing baseline is asked for
+    )
 
     def passes(self, letter: str, variant: str) -> bool:
         """Whether `variant` goes on to the stage `letter`."""
@@ -77,37 +86,85 @@ class Decision:
         return "it was not run at the stage before"
 
 
-def decide(results: list[Result], stage: str = "", most: int = 1) -> Decision:
-    """Apply the rules to the newest stage in `results` (or to `stage`). The baseline's key is in `advance` too."""
+def decide(results: list[Result], stage: str = "", most: int = 1, typed: Typed | None = None) -> Decision:
+    """Apply the rules to the newest stage in `results` (or to `stage`). The baseline's key is in `advance` too.
+
+    `typed` stands in for a baseline that did not run at this stage, and keeps it from the next one.
+    """
     letters = sorted({result.letter for result in results if result.letter in NEXT})
     stage = stage or (letters[-1] if letters else "")
     if stage not in NEXT:
         return Decision(stage, "", verdict="there is no stage A or B here, so nothing is to be promoted")
     here = [result for result in results if result.letter == stage]
     decision = Decision(stage, NEXT[stage], baseline=next((r for r in here if r.baseline), None))
-    reference = _reference(here, decision.baseline)
     variants = [result for result in here if not result.baseline]
     if not variants:
         decision.verdict = f"stage {stage} has no variant yet"
         return decision
+    numbers = typed or (stated(here) if stage == "A" else None)
+    reference = _reference(decision.baseline, numbers)
     steady = _median_spread(here)
     judge = _judge_a if stage == "A" else _judge_b
     decision.findings = [judge(result, decision.baseline, reference, steady) for result in variants]
     decision.findings.sort(key=_rank)
+    if reference is None:
+        _without_baseline(decision, results)
+        decision.could_be_typed = stated(here) if decision.baseline is None else None
+        return decision
     if stage == "A":
         _advance_a(decision, most)
     else:
         _advance_b(decision, results)
-    typed = decision.baseline is None or not decision.baseline.losses
-    if (
-        typed
-        and decision.findings
-        and any(r.baseline_val_loss is not None for r in results if r.letter == decision.stage)
-    ):
+    if reference[2] == 0:
         decision.verdict += " " + TYPED
-    if decision.advance and decision.baseline is not None:
-        decision.advance.append(decision.baseline.variant)
+    if decision.advance and not typed:
+        known = _baseline_of(results)
+        decision.advance += [known] if known else []
+        decision.with_baseline = not known
     return decision
+
+
+def stated(here: list[Result]) -> Typed | None:
+    """What the configurations of a stage say about a baseline that was not run."""
+    found = ((r.baseline_val_loss, r.baseline_std) for r in here if r.baseline_val_loss is not None)
+    return next(found, None)
+
+
+def typed_numbers(text: str) -> Typed:
+    """A type for --typed-baseline: `3.30` or `3.30,0.02`, a mean loss and a standard deviation. UserError else."""
+    try:
+        mean, *rest = [float(part) for part in text.split(",")]
+    except ValueError:
+        mean, rest = -1.0, []
+    if not 0 < mean <= 1000 or len(rest) > 1 or not all(0 <= std <= 1000 for std in rest):
+        raise UserError(
+            f"--typed-baseline={text[:60]!r}: expected the baseline's mean loss and its spread, as in 3.30,0.02"
+        )
+    return mean, rest[0] if rest else None
+
+
+def _baseline_of(results: list[Result]) -> str | None:
+    """The baseline's key, from any stage that has one."""
+    return next((result.variant for result in results if result.baseline), None)
+
+
+def _without_baseline(decision: Decision, results: list[Result]) -> None:
+    """Nothing is decided: the baseline has to run at this stage first."""
+    stage, decision.complete = decision.stage, False
+    if decision.baseline is None:
+        known = _baseline_of(results)
+        decision.to, decision.advance, decision.with_baseline = stage, [known] if known else [], not known
+        decision.verdict = (
+            f"stage {stage} has no baseline, and stages are never compared with each other: it has to run here "
+            "before anything is decided"
+        )
+    elif decision.baseline.missing:
+        decision.verdict = f"stage {stage} is not complete, so nothing is decided yet"
+    else:
+        decision.verdict = (
+            f"every run of stage {stage}'s baseline failed, so there is nothing to hold the variants against: "
+            f"engaging experiment resume {decision.baseline.name} --retry-failed"
+        )
 
 
 def _rank(finding: Finding) -> tuple:
@@ -115,15 +172,14 @@ def _rank(finding: Finding) -> tuple:
     return (not finding.passed, finding.set_back, mean, finding.result.label)
 
 
-def _reference(here: list[Result], baseline: Result | None) -> tuple[float, float | None, int] | None:
-    """(mean, std, n) of the baseline: its runs, else what the configurations say."""
-    if baseline is not None and baseline.losses:
-        values = list(baseline.losses.values())
-        return exact.fmean(values), exact.stdev(values) if len(values) > 1 else None, len(values)
-    for result in here:
-        if result.baseline_val_loss is not None:
-            return result.baseline_val_loss, result.baseline_std, 0
-    return None
+def _reference(baseline: Result | None, typed: Typed | None) -> tuple[float, float | None, int] | None:
+    """(mean, std, n) of the baseline: its runs, else typed numbers (n = 0) where none was run at all."""
+    if baseline is None:
+        return (*typed, 0) if typed else None
+    if not baseline.losses:
+        return None
+    values = list(baseline.losses.values())
+    return exact.fmean(values), exact.stdev(values) if len(values) > 1 else None, len(values)
 
 
 def _median_spread(here: list[Result]) -> float | None:
@@ -149,7 +205,7 @@ def _begin(result: Result, reference: tuple[float, float | None, int] | None) ->
     if finding.mean is None:
         return finding
     if reference is None:
-        finding.add("mean", "no baseline at this stage, and no baseline_val_loss to hold it against", False)
+        finding.add("mean", "no baseline at this stage to hold it against", False)
     else:
         gain = reference[0] - finding.mean
         side = "below" if gain > 0 else "equal to" if gain == 0 else "not below"

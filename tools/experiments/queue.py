@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt.common.storage import atomic_write_json
+from tools.args import counted
 from tools.experiments import records
 from tools.experiments.execute import Pair
-from tools.experiments.flags import counted
 from tools.experiments.records import CODE, SHELF, Experiment
 from tools.launch import book, environment, snapshot
 from tools.launch.book import Launch
@@ -195,7 +195,7 @@ def _command(launch: Launch, first: Experiment) -> str:
     folder = f"{book.SHELF}/{launch.name}/{launch.number:03}"
     return (
         f'code="$SLURM_SUBMIT_DIR/{SHELF}/{CODE}/{first.code.name}"\n'
-        'exec "$ENV_PATH/bin/python" -P "$code/tools/experiments/task.py" '
+        'exec "$ENV_PATH/bin/python" -I "$code/tools/experiments/task.py" '
         f'"$SLURM_SUBMIT_DIR/{folder}" "${{SLURM_ARRAY_TASK_ID:-0}}"'
     )
 

@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, name_of, whole
+from tools.args import Parser, counted, name_of, whole
 from tools.experiments import collect, gate, records, study, trainer
 from tools.experiments.config import ExperimentConfig
 from tools.experiments.execute import Executor, Pair, need_room, run_command, seed_of
-from tools.experiments.flags import add_execution, counted, options
+from tools.experiments.flags import add_execution, options
 from tools.experiments.records import SHELF, Experiment
 from tools.launch import environment
 from tools.launch.presets import Target, ask_trainer, check_overrides
@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
             raise UserError("--seed: the runner sets it: base_seed of the configuration + run")
     root = checkout()
     planned = prepare(root, args, overrides)
+    if not args.all:
+        _refuse_no_baseline([experiment.config for experiment in planned])
     if args.dry_run:
         return _dry_run(root, args, planned)
     need_fit(root, planned, args.no_check)
@@ -79,6 +81,18 @@ def _refuse_two_baselines(loaded: list[tuple[Path, ExperimentConfig]]) -> None:
             raise UserError(
                 f"{path}: modification_type: {config.modification_type}: {other.experiment_name} is stage "
                 f"{config.letter}'s baseline already; say what this one changes, such as hyperparameter"
+            )
+
+
+def _refuse_no_baseline(configs: list[ExperimentConfig]) -> None:
+    """UserError when a stage that another one waits for has nothing that its variants are held against."""
+    letters = sorted({config.letter for config in configs if config.letter})
+    for letter in letters[:-1]:
+        here = [config for config in configs if config.letter == letter]
+        if not any(config.is_baseline or config.baseline_val_loss is not None for config in here):
+            raise UserError(
+                f"{here[0].experiment_name}: stage {letter} has no baseline, so nothing could go on to stage "
+                f"{letters[letters.index(letter) + 1]}: give the baseline's configuration too, or --all"
             )
 
 

@@ -1,6 +1,6 @@
 """A task of a SLURM array: the runs that its launch names, through run.sh, then their results.
 
-    python -P task.py LAUNCH_FOLDER TASK
+    python -I task.py LAUNCH_FOLDER TASK
 
 LAUNCH_FOLDER/tasks.json: {"tasks": [[[experiment folder, run_id], ...], ...], "together": bool}. A variant of a later
 stage is trained only if the rules let it through (experiment.json: gate); else its runs are marked as skipped. Started

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, add_request, clock, name_of, whole
+from tools.args import Parser, add_request, counted, name_of, spoken, whole
 from tools.launch import book, environment, presets, snapshot
 from tools.launch.book import Launch
 from tools.launch.passed_on import passed_on
@@ -26,6 +26,7 @@ from tools.launch.request import choose, fitting_throttle
 from tools.place import checkout
 from tools.site import profile, settings, slurm
 from tools.site.cluster import Cluster, ask_cluster
+from tools.site.estimate import too_short
 from tools.site.plan import Option
 from tools.site.slurm import SlurmUnreachable
 
@@ -150,10 +151,14 @@ def _submit(
         snapshot.remove(folder)
         raise
     request = option.request
-    gpu = f"{request.gpus}x {request.gpu_type or 'GPU'}" if request.gpus else f"{request.cpus} CPUs"
+    gpu = f"{request.gpus}x {request.gpu_type or 'GPU'}" if request.gpus else counted(request.cpus, "CPU")
     nodes = f" on {request.nodes} nodes" if request.nodes > 1 else ""
     many = f", {args.seeds} seeds, {throttle} at once" if args.seeds > 1 else ""
-    print(f"{launch.name}: job {job_id} in {option.partition} ({gpu}{nodes}, {clock(request.minutes)}{many})")
+    print(
+        f"{launch.name}: job {job_id} in {option.partition} ({gpu}{nodes}, {spoken(request.minutes)}{many})"
+    )
+    if warning := too_short(root, launch.preset, request.minutes):
+        print(f"warning: your last run of it took longer: {warning}", file=sys.stderr)
     print(f"  run  {launch.runs[0]}" + (f" ... {launch.runs[-1]}" if args.seeds > 1 else ""))
     print(f"  log  {launch.log.replace('%x', launch.name).replace('%A', job_id).replace('%j', job_id)}")
     for left in launch.code["left_out"][:3]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt.common.errors import CommandError, UserError
-from tools.args import Parser, list_of_names, name_of, whole
+from tools.args import Parser, counted, list_of_names, name_of, whole
 from tools.launch import book, command
 from tools.launch.book import Launch
 from tools.launch.environment import need_environment
@@ -83,7 +83,7 @@ def judge(straight: Run, disturbed: Run, sent: list[str]) -> list[Verdict]:
         Verdict(
             len(sent) == 2, f"disturbances: {', '.join(sent) or 'none: it was too quick; --steps with more'}"
         ),
-        Verdict(disturbed.attempts >= 1 + len(sent), f"it was started {disturbed.attempts} times"),
+        Verdict(disturbed.attempts >= 1 + len(sent), f"it was started {counted(disturbed.attempts, 'time')}"),
     ]
     one = {point.step: point.loss for point in straight.train}
     two = {point.step: point.loss for point in disturbed.train}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nanogpt.common.errors import UserError
 from nanogpt.common.storage import storage_errors
+from tools.args import counted
 from tools.launch import snapshot
 from tools.launch.book import Launch
 from tools.launch.environment import job_environment
@@ -41,7 +42,7 @@ def start(root: Path, launch: Launch, words: list[list[str]], gpus: int, extra: 
                 **({"NUM_GPUS": str(gpus)} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
             }
         )
-        worker = [sys.executable, "-P", str(WORKER), str(folder), str(len(words))]
+        worker = [sys.executable, "-I", str(WORKER), str(folder), str(len(words))]
         with storage_errors(log), log.open("ab") as out:
             process = subprocess.Popen(
                 worker,
@@ -58,7 +59,7 @@ def start(root: Path, launch: Launch, words: list[list[str]], gpus: int, extra: 
     launch.state, launch.pid, launch.host = "local", process.pid, socket.gethostname()
     launch.pid_start = started_at(process.pid)
     launch.save(root)
-    where = f"{gpus} GPUs" if gpus else "the CPU"
+    where = counted(gpus, "GPU") if gpus else "the CPU"
     print(f"{launch.name}: process {process.pid} on this machine, {where}")
     print(f"  run  {launch.runs[0]}\n  log  {log.relative_to(root)}")
     print(f"  next engaging logs {launch.name} -f   engaging cancel {launch.name}")

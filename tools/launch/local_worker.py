@@ -1,6 +1,6 @@
 """What a launch without SLURM leaves running: its tasks one after the other, each through slurm/lib/run.sh.
 
-    python -P local_worker.py LAUNCH_FOLDER TASKS
+    python -I local_worker.py LAUNCH_FOLDER TASKS
 
 Run by its path with the standard library only: the checkout may change under it. SIGTERM goes to the whole process
 group; here it means that no further task begins.

@@ -172,7 +172,7 @@ def _show_one(root: Path, launch: Launch, counts: dict[str, int]) -> None:
         if saved := run.checkpoints():
             print(f"    last checkpoint: step {saved[-1].step}, {saved[-1].size / 1e6:.1f} MB")
     if len(launch.runs) > 20:
-        print(f"  ... and {len(launch.runs) - 20} more runs")
+        print(f"  ... and {len(launch.runs) - 20} more")
     for path in launch.log_files(root)[:3]:
         print(f"  log {path.relative_to(root)}")
     if any(state.startswith("PENDING") for state in counts):

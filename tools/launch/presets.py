@@ -24,6 +24,7 @@ class Target:
     words: tuple[str, ...]
     minutes: int = 360
     world_sizes: tuple[int, ...] = ()  # empty: any
+    small: bool = False  # any GPU does: of those that are free at once the most modest is taken
 
     def refuse_gpus(self, gpus: int) -> str | None:
         """Why this many GPUs cannot run it, or None."""
@@ -34,8 +35,9 @@ class Target:
 
 
 SPEEDRUN = Target("speedrun", "modded_nanogpt.train_gpt", (), minutes=60, world_sizes=(1, 2, 4, 8))
+SMALL = ("quickstart", "train_shakespeare_char", "tiny")
 NAMED = {
-    "nanogpt": Target("nanogpt", "nanogpt.train", ("train_shakespeare_char",), minutes=60),
+    "nanogpt": Target("nanogpt", "nanogpt.train", ("train_shakespeare_char",), minutes=60, small=True),
     "gpt2": Target("gpt2", "nanogpt.train", ("train_gpt2",)),
     "speedrun": SPEEDRUN,
 }
@@ -55,7 +57,7 @@ def resolve(root: Path, name: str) -> Target:
     for folder, like in folders.items():
         known = [path.stem for path in sorted((root / folder).glob("*.py")) if path.stem != "__init__"]
         if bare in known and f"/{folder}/{bare}".endswith(f"/{asked}"):
-            return replace(like, name=bare, words=(bare,))
+            return replace(like, name=bare, words=(bare,), small=bare in SMALL)
         there += known
     raise UserError(f"preset {name!r} does not exist{nearest(bare, there)} (there are: {', '.join(there)})")
 

@@ -68,7 +68,7 @@ def allocation(args: argparse.Namespace, option: Option, root: Path, python: Pat
         f"--{name}={value}" for name in ("account", "qos", "reservation") if (value := getattr(args, name))
     ]
     step = ["srun", "--interactive", "--pty", "--preserve-env", f"--chdir={root}"]
-    return [*words, *step, str(python), "-P", str(root / INSIDE), str(root), str(WARN_S), str(IDLE_S)]
+    return [*words, *step, str(python), "-I", str(root / INSIDE), str(root), str(WARN_S), str(IDLE_S)]
 
 
 def _parser() -> Parser:

@@ -1,6 +1,6 @@
 """What `engaging shell` runs on the node: a bash in the repository, watched for its end and for idleness.
 
-    python -P shell_inside.py ROOT WARN_SECONDS IDLE_SECONDS
+    python -I shell_inside.py ROOT WARN_SECONDS IDLE_SECONDS
 
 Run by its path with the standard library only. Idle: nothing typed or printed, bash itself in the foreground, and no
 other process of the job on this node (a training in the background or in tmux is work).
@@ -35,10 +35,10 @@ def main(argv: list[str]) -> int:
             end = time.monotonic() + seconds_left()  # asked again: the time may have been extended
             if time.monotonic() > end - warn_s:
                 left = max(1, round((end - time.monotonic()) / 60))
-                say(f"this job ends in {left} minutes: save your work")
+                say(f"this job ends in {left} min: save your work")
                 warned = True
         if idle_for(shell.pid) > idle_s:
-            say(f"idle for {idle_s / 60:.0f} minutes: the GPUs go back to the others")
+            say(f"idle for {idle_s / 60:.0f} min: the GPUs go back to the others")
             shell.send_signal(signal.SIGHUP)
             shell.wait()
             return 0

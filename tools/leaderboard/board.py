@@ -15,8 +15,9 @@ import json
 import lzma
 import os
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nanogpt.common.errors import CommandError, UserError
@@ -30,12 +31,12 @@ from nanogpt.common.storage import (
     temporary_name,
 )  # fmt: skip
 from tools.leaderboard import text
-from tools.leaderboard.evidence import Refused
+from tools.leaderboard.evidence import Refused, Run
 from tools.leaderboard.group_checks import Others
 from tools.leaderboard.strict import LARGEST, is_number, is_whole, parse_object, read_bytes
-from tools.leaderboard.submission import Blob, Record, read_record
+from tools.leaderboard.submission import Blob, Record, changed_since, read_record
 from tools.leaderboard.tracks import BUILT_IN, Track
-from tools.leaderboard.verify import Verdict, remember, verify_record
+from tools.leaderboard.verify import Verdict, read_runs, remember, verify_record
 
 FORMAT = "engaging-nanogpt board 1"
 MOST_RECORDS, MOST_TRACKS = 10_000, 50
@@ -43,12 +44,21 @@ PACKED_MEMORY = 256 << 20  # bytes that unpacking a file may use
 
 
 @dataclass(frozen=True)
+class Term:
+    """A term of a course: what was handed in from its first day to the next term's."""
+
+    name: str
+    first: datetime.date
+
+
+@dataclass(frozen=True)
 class Board:
-    """An existing board."""
+    """An existing board. `terms` are in the order of their days."""
 
     folder: Path
     title: str
     tracks: dict[str, Track]
+    terms: tuple[Term, ...] = ()
 
     @property
     def records(self) -> Path:
@@ -93,6 +103,37 @@ class Board:
         (folder / "data" / MANIFEST).write_bytes(self._read(record.data, "the data's manifest"))
         return paths, folder / "data"
 
+    def beside(self, record: Record, run: Run) -> Record:
+        """`record`, whose first run is `run`, with what it changed: against the best of its track and hardware that
+        was not withdrawn. Where there is none, or none of its kind of log, as it was."""
+        gone = {path.stem for path in (self.folder / "retracted").glob("*.json")}
+        metric = "steps" if self.tracks[record.track].metric == "steps" else "seconds"
+        others = [
+            other
+            for _, other in self.read_records()
+            if isinstance(other, Record) and _peers(other, record) and other.id not in gone
+        ]
+        for other in sorted(others, key=lambda other: getattr(other, metric))[:1]:
+            with contextlib.suppress(UserError, Refused):  # damaged: `verify` of the board says so
+                before = self.first_run(other)
+                if before.kind == run.kind:
+                    changed = changed_since(before, run)
+                    return record.model_copy(update={"against": other.id, "changed": changed})
+        return record
+
+    def first_run(self, record: Record) -> Run:
+        """The first run of a record, from its evidence. UserError or Refused when that is not there."""
+        alone = record.model_copy(update={"runs": record.runs[:1], "data": None})
+        with tempfile.TemporaryDirectory(prefix="engaging-board-") as folder:
+            return read_runs(self.unpack(alone, Path(folder))[0])[0]
+
+    def earlier(self, record: Record) -> Run:
+        """The first run of what a record says it is held `against`. UserError when that is not earlier, or no peer."""
+        other = read_record(self.records / f"{record.against}.json")
+        if not _peers(other, record) or other.submitted >= record.submitted:
+            raise UserError(f"{record.against}: is no earlier record of this track and hardware")
+        return self.first_run(other)
+
     def _read(self, known: Blob, what: str) -> bytes:
         """A file of the evidence. Refused when it is missing, damaged, or not what its digest says."""
         path = self._blob(known.sha256)
@@ -106,6 +147,10 @@ class Board:
             raise Refused("evidence", f"{what}: its evidence is damaged") from None
         if len(data) != known.bytes or hashlib.sha256(data).hexdigest() != known.sha256:
             raise Refused("evidence", f"{what}: its evidence is not what the record's digest says")
+        if not worker.eof or worker.unused_data:
+            raise Refused(
+                "evidence", f"{what}: its evidence is damaged: its end is missing, or is not its end"
+            )
         return data
 
     def read_records(self) -> Iterator[tuple[Path, Record | CommandError]]:
@@ -123,7 +168,7 @@ class Board:
                 found.append((path, read_record(path)))
             except CommandError as error:
                 found.append((path, error))
-        last = datetime.datetime.max.replace(tzinfo=datetime.UTC)
+        last = datetime.datetime.max.replace(tzinfo=datetime.timezone.utc)
         found.sort(key=lambda row: (row[1].submitted if isinstance(row[1], Record) else last, row[0].name))
         yield from found
 
@@ -135,7 +180,7 @@ class Board:
                 yield path, record
                 continue
             try:
-                verdict = verify_record(record, self.unpack, self.tracks, others)
+                verdict = verify_record(record, self.unpack, self.tracks, others, self.earlier)
             except CommandError as error:
                 yield path, error
                 continue
@@ -152,16 +197,21 @@ class Board:
         return others
 
 
+def _peers(other: Record, record: Record) -> bool:
+    """Whether `other` is a record that `record` can be held beside."""
+    return (other.track, other.hardware, other.kind) == (record.track, record.hardware, "record")
+
+
 def shared(folder: Path) -> bool:
     """Whether a board is a group's: then its files are too, whatever the umask of who writes them."""
     return bool(folder.stat().st_mode & stat.S_IWGRP)
 
 
 def share(path: Path, folder: Path) -> None:
-    """Let the group read a file, or write to a folder, of the board in `folder` when that is a group's."""
+    """Let all read a file, and the group add to a folder, of the board in `folder` when that is a group's."""
     if shared(folder):
         with contextlib.suppress(OSError):  # somebody else's: its owner has done it
-            path.chmod(0o3775 if path.is_dir() else 0o664)
+            path.chmod(0o3775 if path.is_dir() else 0o644)
 
 
 def make_shared(path: Path, folder: Path) -> None:
@@ -207,7 +257,7 @@ def open_board(folder: Path) -> Board:
     if not path.exists():
         return Board(folder, title, tracks)
     found = parse_object(read_bytes(path, LARGEST), str(path))
-    unknown = sorted(found.keys() - {"format", "title", "tracks"})
+    unknown = sorted(found.keys() - {"format", "title", "tracks", "terms"})
     if found.get("format") != FORMAT or unknown:
         shown = ascii(unknown[0] if unknown else found.get("format"))[:60]
         raise UserError(
@@ -220,7 +270,33 @@ def open_board(folder: Path) -> Board:
     for number, row in enumerate(rows):
         track = _track(row, f"{path}: tracks[{number}]")
         tracks[track.name] = track
-    return Board(folder, title, tracks)
+    return Board(folder, title, tracks, _terms(found.get("terms", []), f"{path}: terms"))
+
+
+def _terms(rows: object, where: str) -> tuple[Term, ...]:
+    """A board's terms; UserError names the field."""
+    if not isinstance(rows, list) or len(rows) > MOST_TRACKS:
+        raise UserError(f"{where}: expected a list of at most {MOST_TRACKS}")
+    found = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or row.keys() != {"name", "from"}:
+            raise UserError(
+                f"{where}[{number}]: expected name and from; terms are made by: engaging leaderboard term"
+            )
+        found.append(
+            Term(text.line_of(row["name"], f"{where}[{number}].name", 40), day_of(row["from"], where))
+        )
+    if len({term.name for term in found}) < len(found) or len({term.first for term in found}) < len(found):
+        raise UserError(f"{where}: two have one name, or begin on one day")
+    return tuple(sorted(found, key=lambda term: term.first))
+
+
+def day_of(said: object, where: str) -> datetime.date:
+    """A date as 2026-09-01. UserError for anything else."""
+    try:
+        return datetime.datetime.strptime(said if isinstance(said, str) else "", "%Y-%m-%d").date()
+    except ValueError:
+        raise UserError(f"{where}: {ascii(said)[:40]}: expected a day such as 2026-09-01") from None
 
 
 def _track(row: object, where: str) -> Track:
@@ -262,10 +338,33 @@ def add_track(folder: Path, title: str | None, track: Track) -> Board:
     board = open_board(folder)
     if track.name in board.tracks:
         raise UserError(f"--name={track.name}: the board has a track of that name; choose another")
-    own = [asdict(one) for name, one in board.tracks.items() if name not in BUILT_IN]
-    rows = [*own, asdict(track)]
     _track(json.loads(json.dumps(asdict(track))), "--name")
-    atomic_write_json(
-        folder / "board.json", {"format": FORMAT, "title": title or board.title, "tracks": rows}
-    )
-    return open_board(folder)
+    tracks = {**board.tracks, track.name: track}
+    return _save(replace(board, title=title or board.title, tracks=tracks))
+
+
+def add_term(folder: Path, term: Term) -> Board:
+    """Add a term to the board in `folder`, or move its first day. UserError: another one begins on that day."""
+    board = open_board(folder)
+    terms = (*(one for one in board.terms if one.name != term.name), term)
+    _terms([_term_row(one) for one in terms], "--from")
+    return _save(replace(board, terms=terms))
+
+
+def _term_row(term: Term) -> dict[str, str]:
+    return {"name": term.name, "from": term.first.isoformat()}
+
+
+def _save(board: Board) -> Board:
+    """Write board.json. UserError on a group's board that is somebody else's: its manager does that."""
+    path = board.folder / "board.json"
+    if path.exists() and path.stat().st_uid != os.getuid() and shared(board.folder):
+        raise UserError(f"{path}: belongs to the board's manager, who alone changes it")
+    tracks = [asdict(one) for name, one in board.tracks.items() if name not in BUILT_IN]
+    said = {"format": FORMAT, "title": board.title, "tracks": tracks}
+    if board.terms:
+        said["terms"] = [_term_row(term) for term in board.terms]
+    atomic_write_json(path, said)
+    if shared(board.folder):
+        path.chmod(0o644)
+    return open_board(board.folder)

@@ -25,10 +25,12 @@ def record_curve(points: Sequence[tuple[datetime.datetime, float, str, bool]], u
         return Markup("")
     points = sorted(points)
     days = [when.timestamp() / 86400 for when, *_ in points]
-    left, right = _widen(min(days), max(days), 0.5)
+    left, right = _roomy(*_widen(min(days), max(days), 0.5), 0.02)
     least, most = min(value for _, value, *_ in points), max(value for _, value, *_ in points)
     log = least > 0 and most > WIDE * least
-    low, high = (least / 1.15, most * 1.15) if log else _widen(least, most, 0.02 * least or 1.0)
+    low, high = (
+        (least / 1.15, most * 1.15) if log else _roomy(*_widen(least, most, 0.02 * least or 1.0), 0.08)
+    )
     frame = _Frame((left, right), (low, high), log)
     parts = frame.axes(_dates(left, right), _round_log(low, high) if log else _ticks(low, high), unit)
     stairs: list[Point] = []
@@ -188,6 +190,11 @@ def _widen(low: float, high: float, least: float) -> Point:
     return (low - least, high + least) if high - low < least else (low, high)
 
 
+def _roomy(low: float, high: float, share: float) -> Point:
+    """With room on both sides, so that no dot stands on the frame."""
+    return low - share * (high - low), high + share * (high - low)
+
+
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers between `low` and `high`, about `count` of them."""
     if not high > low:
@@ -211,7 +218,7 @@ def _dates(left: float, right: float) -> list[tuple[float, str]]:
     """About five dates between two days (days since 1970)."""
     step = max(1, math.ceil((right - left) / 5))
     days = range(math.ceil(left), math.floor(right) + 1, step)
-    shown = [(day, datetime.datetime.fromtimestamp(day * 86400, datetime.UTC)) for day in days]
+    shown = [(day, datetime.datetime.fromtimestamp(day * 86400, datetime.timezone.utc)) for day in days]
     return [
         (float(day), f"{when.day} {when:%b %Y}" if right - left < 400 else f"{when:%b %Y}")
         for day, when in shown

@@ -14,7 +14,7 @@ Problems = Iterator[tuple[str, str]]
 
 CPU_PEAK = 2e12  # FLOP/s of a rank on CPUs: more than any has
 WINDOW = 50  # steps over which the speed must be possible; single steps are stamped before the GPU is done
-FIRST_RUN = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
+FIRST_RUN = datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)
 
 
 def clock(run: Run, submitted: datetime.datetime) -> Problems:

@@ -9,12 +9,12 @@
     engaging leaderboard retract BOARD ID --reason TEXT            # or correct ... --description TEXT
     engaging leaderboard fetch BOARD ID FOLDER                     # a record's evidence, to run it again
     engaging leaderboard track BOARD out/start --name=tiny --title="Tiny, CPU" --target=3.9
+    engaging leaderboard term BOARD "Fall 2026" --from=2026-09-01  # a tab for what is handed in from that day on
 
 A board is a folder: in the lab's shared pool, or a git repository. Exit status: 0 accepted, 1 refused (the reasons
 are printed), 2 bad input. docs/leaderboard.md has the rules.
 """
 
-import dataclasses
 import datetime
 import getpass
 import shlex
@@ -23,13 +23,13 @@ from pathlib import Path
 
 from nanogpt.common.errors import CommandError, UserError
 from nanogpt.common.flags import nearest
-from tools.args import Parser, name_of, whole
+from tools.args import Parser, name_of
 from tools.place import print_fetch_line
 from tools.runs import printable
 
 EXIT_REFUSED = 1
 MEDIUM_BELOW = 3.1  # a log of the speedrun that ends below it is of the medium track
-COMMANDS = ("init", "submit", "verify", "build", "fetch", "retract", "correct", "track")
+COMMANDS = ("init", "submit", "verify", "build", "fetch", "retract", "correct", "track", "term")
 
 
 def main(argv: list[str]) -> int:
@@ -43,52 +43,12 @@ def main(argv: list[str]) -> int:
             f"engaging leaderboard {printable(name)[:40]}: no such command{nearest(name, COMMANDS)} "
             f"(there are {', '.join(COMMANDS)})"
         )
-    doors = {"init": init, "submit": submit, "verify": verify, "build": build, "fetch": fetch, "track": track}
-    doors |= {"retract": retract, "correct": correct}
-    return doors[name](rest)
+    here = {"submit": submit, "verify": verify, "build": build, "fetch": fetch}
+    if name in here:
+        return here[name](rest)
+    from tools.leaderboard import manage
 
-
-def init(argv: list[str]) -> int:
-    """A new board for a group."""
-    parser = Parser("leaderboard init", "Make a board: the group reads and writes it, only owners delete.")
-    parser.add_argument("board", type=Path, help="a new folder")
-    parser.add_argument("--title", default="Leaderboard", help="one line")
-    args = parser.read(argv)
-    from tools.leaderboard import corrections
-
-    folder = corrections.init(args.board, args.title)
-    print(f"{folder}: an empty board")
-    print(f"next: engaging leaderboard submit {shlex.quote(str(folder))} RUN... --description TEXT")
-    return 0
-
-
-def retract(argv: list[str]) -> int:
-    """Withdraw a record: it stays, and is shown as withdrawn."""
-    return _amend("retract", "Withdraw a record of yours, or of the board that you manage.", argv)
-
-
-def correct(argv: list[str]) -> int:
-    """Give a record another description."""
-    return _amend(
-        "correct", "Correct the description of a record of yours, or of the board that you manage.", argv
-    )
-
-
-def _amend(name: str, what: str, argv: list[str]) -> int:
-    parser = Parser(f"leaderboard {name}", what)
-    parser.add_argument("board", type=Path, help="the board's folder")
-    parser.add_argument("id", type=name_of("ID"), help="the record")
-    parser.add_argument("--reason", required=True, help="one line, which the page shows")
-    if name == "correct":
-        parser.add_argument("--description", required=True, help="what was changed, in one line")
-    args = parser.read(argv)
-    from tools.leaderboard import corrections
-    from tools.leaderboard.board import open_board
-
-    board = open_board(args.board)
-    path = corrections.write(board, args.id, args.reason, getattr(args, "description", ""))
-    print(f"written: {path}\nnext: engaging leaderboard build {shlex.quote(str(args.board))}")
-    return 0
+    return getattr(manage, name)(rest)
 
 
 def submit(argv: list[str]) -> int:
@@ -126,16 +86,20 @@ def submit(argv: list[str]) -> int:
         "description": text.line_of(args.description, "--description", text.DESCRIPTION),
         "contributors": text.names_of(args.contributors or _my_name(), "--contributors"),
         "log_url": text.url_of(args.log_url, "--log-url") if args.log_url else "",
-        "submitted": datetime.datetime.now(datetime.UTC),
+        "submitted": datetime.datetime.now(datetime.timezone.utc),
     }
     verdict, manifest = _judge(args, board.tracks, said["description"], said["submitted"], board.others())
     if verdict.accepted:
-        record = make(verdict.runs, verdict.result, verdict.track, args.kind, said, manifest)
+        record = board.beside(
+            make(verdict.runs, verdict.result, verdict.track, args.kind, said, manifest), verdict.runs[0]
+        )
         blobs = [data for run in verdict.runs for data in run.files.values()]
         path = board.add(record, [*blobs, manifest] if manifest is not None else blobs)
         verdict.name, verdict.record = record.id, record
     show(verdict)
     if verdict.accepted:
+        for line in record.changed:
+            print(f"  changed  {printable(line)}")
         print(f"published: {path}\nnext: engaging leaderboard build {shlex.quote(str(board.folder))}")
     return 0 if verdict.accepted else EXIT_REFUSED
 
@@ -167,14 +131,14 @@ def _judge(args, tracks: dict, description: str, submitted: datetime.datetime, o
     except Refused as refusal:
         track = choose(None, tracks, args.track or "track1")
         return Verdict(name, track, args.kind, [(refusal.check, str(refusal))]), None
-    data, facts = _manifest(runs[0], args.data_root)
+    data, facts = manifest_of(runs[0], args.data_root)
     track = choose(runs[0], tracks, args.track, facts)
     verdict = judge(runs, track, args.kind, description, submitted, facts, others, name)
     verdict.notes += notes
     return verdict, data
 
 
-def _manifest(run, flag: str):
+def manifest_of(run, flag: str):
     """(bytes, facts) of the manifest of the data that a run was trained on; (None, None) for a foreign log."""
     from nanogpt.common.manifest import MANIFEST
     from tools.leaderboard.data_manifest import as_it_was, read_data_manifest
@@ -279,7 +243,7 @@ def verify(argv: list[str]) -> int:
     if args.board:
         board = open_board(args.board)
         tracks, others = board.tracks, board.others()
-    now = datetime.datetime.now(datetime.UTC)
+    now = datetime.datetime.now(datetime.timezone.utc)
     verdict, _ = _judge(args, tracks, "a check before handing in", now, others)
     verdict.look_only()
     show(verdict)
@@ -326,13 +290,17 @@ def build(argv: list[str]) -> int:
     parser = Parser("leaderboard build", "Verify every record and write the page.")
     parser.add_argument("board", type=Path, help="the board's folder")
     parser.add_argument("--out", type=Path, help="where to (default: BOARD/site)")
+    parser.add_argument(
+        "--jekyll", type=name_of("--jekyll"), metavar="LAYOUT",
+        help="pages for a Jekyll site, in its layout of this name, such as page",
+    )  # fmt: skip
     args = parser.read(argv)
     from tools.leaderboard.board import open_board
     from tools.leaderboard.pages import build_site
 
     board = open_board(args.board)
     out = args.out or board.folder / "site"
-    shown, left_out = build_site(board, out)
+    shown, left_out = build_site(board, out, args.jekyll or "")
     for name, reason in left_out:
         print(f"left out  {printable(name)}: {printable(reason)}")
     print(f"{shown} record{'s' * (shown != 1)} on {out / 'index.html'}")
@@ -365,64 +333,4 @@ def fetch(argv: list[str]) -> int:
     print(f"{len(paths)} runs in {args.folder}; nothing of them was run")
     if len(record.runs[0].files) > 1:
         print(f"run it again: engaging repro {paths[0] / 'log.txt'} --data_root=DATA")
-    return 0
-
-
-def track(argv: list[str]) -> int:
-    """Give a board a track of its own: what a run was trained and validated on, and a target."""
-    parser = Parser(
-        "leaderboard track", "A board's own track, from a run of the recipe that everybody starts from."
-    )
-    parser.add_argument("board", type=Path, help="the board's folder; made when it is not there")
-    parser.add_argument("run", type=Path, help="a finished run of the template")
-    parser.add_argument("--name", required=True, type=name_of("--name"))
-    parser.add_argument("--title", required=True, help="one line")
-    parser.add_argument("--target", required=True, help="validation loss to reach, nats a token")
-    parser.add_argument("--metric", choices=("seconds", "steps"), default="seconds")
-    parser.add_argument("--test", choices=("t", "mean"), default="t", help="mean: no test; for practice")
-    parser.add_argument("--min-runs", type=whole("--min-runs", 1, 100), default=2)
-    parser.add_argument("--board-title", help="the board's name")
-    parser.add_argument(
-        "--data_root", default="", help="folder of the data sets (default: $DATA_ROOT, else data/)"
-    )
-    args = parser.read(argv)
-    from tools.leaderboard import text
-    from tools.leaderboard.board import add_track
-    from tools.leaderboard.evidence import Refused, read_run_directory
-    from tools.leaderboard.group_checks import recipe_digest
-    from tools.leaderboard.tracks import Track
-
-    try:
-        run = read_run_directory(args.run, "the run")
-    except Refused as refusal:
-        raise UserError(f"{args.run}: {refusal}") from None
-    _, facts = _manifest(run, args.data_root)
-    vals = [one for one in facts["files"] if one["split"] == "val"]
-    if len(vals) != 1 or not run.val_tokens:
-        raise UserError(
-            f"{args.run}: needs one validation file, and a log that says how many of its tokens are read"
-        )
-    try:
-        target = float(args.target)
-    except ValueError:
-        target = float("nan")
-    if not 0 < target < 100:
-        raise UserError(f"--target={printable(args.target)[:40]}: expected a loss in nats, such as 3.28")
-    new = Track(
-        name=args.name, title=text.line_of(args.title, "--title", 80), target=target, metric=args.metric,
-        test=args.test, val_sha256=vals[0]["sha256"], val_tokens=run.val_tokens, vocab_size=facts["vocab_size"],
-        min_runs=args.min_runs, entries=(run.entry,), template=(run.source_sha256, recipe_digest(run)),
-    )  # fmt: skip
-    board = add_track(
-        args.board, args.board_title and text.line_of(args.board_title, "--board-title", 80), new
-    )
-    print(
-        f"{board.folder}: track {new.name}: loss {new.target:g} on {new.val_tokens:,} tokens of {vals[0]['name']}"
-    )
-    print(
-        ", ".join(
-            f"{name}={value}" for name, value in dataclasses.asdict(new).items() if name in ("metric", "test")
-        )
-    )
-    print(f"next: engaging leaderboard submit {shlex.quote(str(board.folder))} RUN... --description TEXT")
     return 0

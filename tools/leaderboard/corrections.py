@@ -42,7 +42,7 @@ def write(board: Board, name: str, reason: str, description: str = "") -> Path:
         raise UserError(f"{name}: only who handed it in and the board's manager may withdraw or correct it")
     made = {
         "format": FORMAT, "id": record.id, "reason": text.line_of(reason, "--reason", text.DESCRIPTION),
-        "by": getpass.getuser()[:120], "at": datetime.datetime.now(datetime.UTC).isoformat(),
+        "by": getpass.getuser()[:120], "at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
     }  # fmt: skip
     if description:
         made["description"] = text.line_of(description, "--description", text.DESCRIPTION)

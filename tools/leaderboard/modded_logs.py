@@ -117,12 +117,13 @@ def _name_llmc(text: str, label: str) -> None:
 
 
 def _name_two_runs(rows: list[re.Match], label: str) -> None:
-    """Refused when step and time go back to the beginning in the middle: nobody can say which run counts."""
-    for before, row in itertools.pairwise(rows):
-        if int(row["step"]) == 0 and int(before["step"]) > 0:
+    """Refused when validations go back in the middle, mostly to step 0: nobody can say which run counts."""
+    for before, row in itertools.pairwise(row for row in rows if row["kind"] == "val" or row["step"] == "0"):
+        last, step = int(before["step"]), int(row["step"])
+        if step < last:
+            how = f"begins again at {step}" if step == 0 else f"goes back to {step}"
             raise Refused(
-                "attempts",
-                f"{label}: two runs in one file: after step {before['step']} it begins again at 0; hand in one of them",
+                "attempts", f"{label}: two runs in one file: after step {last} it {how}; hand in one of them"
             )
 
 
@@ -155,7 +156,9 @@ def _date(head: str) -> datetime.datetime | None:
     clock = f"{found[1]} {found[2]}"
     for form in ("%b %d %H:%M:%S %Y", "%b %d %H:%M:%S %p %Y"):
         try:
-            return datetime.datetime.strptime(" ".join(clock.split()), form).replace(tzinfo=datetime.UTC)
+            return datetime.datetime.strptime(" ".join(clock.split()), form).replace(
+                tzinfo=datetime.timezone.utc
+            )
         except ValueError:
             continue
     return None

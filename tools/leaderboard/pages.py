@@ -4,12 +4,13 @@ Only accepted records are shown. Every text of a submitter passes through the te
 content policy in the page forbids scripts besides.
 """
 
+import bisect
 import datetime
-import difflib
 import json
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from nanogpt.common.storage import atomic_write_text, make_folder, storage_error
 from tools.analysis import statistics
 from tools.leaderboard import charts, corrections, text
 from tools.leaderboard.board import Board
-from tools.leaderboard.submission import Record
+from tools.leaderboard.evidence import Run
+from tools.leaderboard.submission import Record, changed_since
 from tools.leaderboard.tracks import Track
 from tools.leaderboard.verify import Verdict
 
 MARK = ".engaging-board-site"  # in a folder that `build` has made, and may write to again
 HISTORY = Path(__file__).parents[1] / "analysis" / "record_history.json"
-MOST_POINTS, MOST_CHANGES = 400, 40
+MOST_POINTS = 400
 LIMITS = (
     "Whether the runs shown are all that were made. Somebody who trains forty seeds and hands in the best ten passes "
     "every test here. State the seeds before you train; a gap between them is noted.",
@@ -81,8 +83,11 @@ class Withdrawn:
     date: str
 
 
-def build_site(board: Board, out: Path) -> tuple[int, list[tuple[str, str]]]:
-    """Verify the board and write its pages to `out`: (records shown, (file, reason) of those left out)."""
+def build_site(board: Board, out: Path, layout: str = "") -> tuple[int, list[tuple[str, str]]]:
+    """Verify the board and write its pages to `out`: (records shown, (file, reason) of those left out).
+
+    `layout`: for a Jekyll site, in its layout of that name; nothing that a submitter wrote is Liquid there.
+    """
     _refuse_foreign(out)
     rows, left_out, withdrawn = _rows(board)
     _rank(rows)
@@ -90,8 +95,10 @@ def build_site(board: Board, out: Path) -> tuple[int, list[tuple[str, str]]]:
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    now = datetime.datetime.now(datetime.timezone.utc)
     common = {
-        "limits": LIMITS, "built": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", "board": board.title,
+        "limits": LIMITS, "built": f"{now:%Y-%m-%d %H:%M} UTC", "board": board.title,
+        "layout": layout, "heading": board.title,
     }  # fmt: skip
     make_folder(out / "records")
     atomic_write_text(
@@ -101,22 +108,24 @@ def build_site(board: Board, out: Path) -> tuple[int, list[tuple[str, str]]]:
     for row in rows:
         details = {
             **common,
+            "heading": f"{board.title}: {row.id}",
             "title": f"{row.description} - {board.title}",
             "row": row,
             "track": row.track,
             **row.more,
         }
-        atomic_write_text(out / "records" / f"{row.id}.html", page.render(details))
+        atomic_write_text(out / "records" / f"{row.id}.html", _dull(page.render(details), layout))
     shown = [row for row in rows if row.kind != "rerun"]
     index = environment.get_template("index.html.j2")
     listed = {
         "title": board.title,
         "count": len(shown),
-        "tracks": list(_tracks(shown)),
+        "tracks": list(_tracks(shown, 0)),
+        "terms": list(_terms(shown, board)),
         "withdrawn": withdrawn,
+        "history": _history(),
     }
-    listed["history"] = _history()
-    atomic_write_text(out / "index.html", index.render({**common, **listed}))
+    atomic_write_text(out / "index.html", _dull(index.render({**common, **listed}), layout))
     atomic_write_text(out / "records.csv", _csv(rows))
     known = {f"{row.id}.html" for row in rows}
     for path in (out / "records").glob("*.html"):
@@ -124,6 +133,28 @@ def build_site(board: Board, out: Path) -> tuple[int, list[tuple[str, str]]]:
             with storage_errors(path):
                 path.unlink()
     return len(rows), left_out
+
+
+def _dull(page: str, layout: str) -> str:
+    """The page, where Jekyll will read it with braces that Liquid does not take for its own."""
+    return re.sub(r"\{(?=[{%])", "&#123;", page) if layout else page
+
+
+def _terms(rows: Sequence[Row], board: Board) -> Iterator[dict[str, Any]]:
+    """A tab for each term, the newest first, and one for all of it; just that one on a board without terms."""
+    days = [term.first for term in board.terms]
+    by_term: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_term[
+            bisect.bisect_right(days, row.record.submitted.astimezone(datetime.timezone.utc).date())
+        ].append(row)
+    number = 1000
+    for place in range(len(days), 0 if 0 not in by_term else -1, -1) if days else ():
+        name = board.terms[place - 1].name if place else f"Before {board.terms[0].name}"
+        found = list(_tracks(by_term[place], number))
+        yield {"name": name, "count": len(by_term[place]), "tracks": found}
+        number += 1000
+    yield {"name": "All terms", "count": len(rows), "tracks": list(_tracks(rows, number))}
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -137,7 +168,7 @@ def _refuse_foreign(out: Path) -> None:
 def _rows(board: Board) -> tuple[list[Row], list[tuple[str, str]], list[Withdrawn]]:
     """The accepted records by date, what was left out and why, and what was withdrawn."""
     rows, left_out, withdrawn, said = [], [], [], corrections.read(board)
-    best: dict[tuple[str, str], tuple[Row, dict[str, bytes]]] = {}  # the record that each new one builds on
+    best: dict[tuple[str, str], tuple[Row, Run]] = {}  # the record that each new one builds on
     total = len(list(board.records.glob("*.json"))) if board.records.is_dir() else 0
     with Progress("checking records") as bar:
         for number, (path, verdict) in enumerate(board.verdicts(), 1):
@@ -161,7 +192,7 @@ def _rows(board: Board) -> tuple[list[Row], list[tuple[str, str]], list[Withdraw
                 row.more |= _details(verdict, row, before)
                 if row.kind == "record" and (before is None or row.figure < before[0].figure):
                     row.best = True
-                    best[key] = (row, dict(verdict.runs[0].source_files))
+                    best[key] = (row, verdict.runs[0])
                 rows.append(row)
             bar.update(number, total, f"{number} of {total}")
     return rows, left_out, withdrawn
@@ -189,7 +220,7 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.2f} min" if seconds < 7200 else f"{seconds / 3600:.2f} h"
 
 
-def _details(verdict: Verdict, row: Row, before: tuple[Row, dict[str, bytes]] | None) -> dict[str, Any]:
+def _details(verdict: Verdict, row: Row, before: tuple[Row, Run] | None) -> dict[str, Any]:
     """What the record's own page needs besides its row."""
     result, runs, record = verdict.result, verdict.runs, verdict.record
     train = _mean_train(runs)
@@ -225,7 +256,7 @@ def _details(verdict: Verdict, row: Row, before: tuple[Row, dict[str, bytes]] | 
         "files": len(first.source_files), "software": ", ".join(f"{k} {v}" for k, v in sorted(first.software.items())),
         "before": before[0] if before else None,
         "against": _against(before[0].record, record, row.track, first.host) if before else [],
-        "changes": _changes(before[1], first.source_files) if before and not row.foreign else None,
+        "changes": changed_since(before[1], first) if before and before[1].kind == first.kind else None,
         "confirmed": [],
     }  # fmt: skip
 
@@ -268,25 +299,6 @@ def _mean_train(runs: Sequence) -> list[tuple[float, float]]:
     return [(step, sum(found) / len(found)) for step, found in sorted(sums.items())]
 
 
-def _changes(before: dict[str, bytes], now: dict[str, bytes]) -> list[str]:
-    """The files that differ, with lines added and taken away."""
-    lines = []
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if old == new:
-            continue
-        if old is None or new is None:
-            lines.append(f"{name}: {'new' if old is None else 'gone'}")
-            continue
-        a, b = (data.decode("utf-8", "replace").splitlines() for data in (old, new))
-        marks = [line[0] for line in difflib.unified_diff(a, b, n=0) if line[:3] not in ("---", "+++")]
-        lines.append(f"{name}: +{marks.count('+')} -{marks.count('-')}")
-    return [
-        *lines[:MOST_CHANGES],
-        *([f"and {len(lines) - MOST_CHANGES} more"] if len(lines) > MOST_CHANGES else []),
-    ]
-
-
 def _rank(rows: Sequence[Row]) -> None:
     """Give each record the re-runs of others: same source, recipe, track and hardware."""
 
@@ -302,12 +314,12 @@ def _rank(rows: Sequence[Row]) -> None:
                 row.more["confirmed"].append(again)
 
 
-def _tracks(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
-    """The index's sections: a track each, in it a tab for each hardware."""
+def _tracks(rows: Sequence[Row], before: int) -> Iterable[dict[str, Any]]:
+    """The index's sections: a track each, in it a tab for each hardware. Their numbers begin after `before`."""
     by_track: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_track[row.track.name].append(row)
-    for number, found in enumerate(by_track.values(), 1):
+    for number, found in enumerate(by_track.values(), before + 1):
         track, tabs = found[0].track, defaultdict(list)
         unit = "steps" if track.metric == "steps" else "seconds"
         for row in found:
@@ -321,7 +333,7 @@ def _tracks(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
             "tabs": [
                 {
                     "hardware": hardware, "rows": sorted(tab, key=lambda row: (row.figure, row.record.submitted)),
-                    "chart": _chart(tab, unit),
+                    "chart": _chart(tab, unit), "best": _best(tab),
                 }
                 for hardware, tab in sorted(tabs.items(), key=lambda pair: (-len(pair[1]), pair[0]))
             ],
@@ -333,7 +345,7 @@ def _history() -> dict[str, Any]:
     found = json.loads(HISTORY.read_text(encoding="utf-8"))
     points = [
         (
-            datetime.datetime.fromisoformat(row["date"]).replace(tzinfo=datetime.UTC), float(row["minutes"]),
+            datetime.datetime.fromisoformat(row["date"]).replace(tzinfo=datetime.timezone.utc), float(row["minutes"]),
             f"record {row['record']}, {row['what']}", True,
         )
         for row in found["records"]
@@ -352,8 +364,18 @@ def _rule(track: Track) -> str:
     return f"p < {track.alpha:g} over all submitted runs"
 
 
+def _best(rows: Sequence[Row]) -> set[str]:
+    """The ids of those that were the best among `rows` on their day."""
+    found: dict[str, float] = {}
+    for row in sorted(rows, key=lambda row: row.record.submitted):
+        if not found or row.figure < min(found.values()):
+            found[row.id] = row.figure
+    return set(found)
+
+
 def _chart(rows: Sequence[Row], unit: str) -> Markup:
-    points = [(row.record.submitted, float(row.figure), row.description, row.best) for row in rows]
+    best = _best(rows)
+    points = [(row.record.submitted, float(row.figure), row.description, row.id in best) for row in rows]
     return charts.record_curve(points, unit)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanogpt.common.errors import UserError
+from tools.analysis import changes
 from tools.leaderboard import text
 from tools.leaderboard.evidence import LARGEST_LOG, Run
 from tools.leaderboard.group_checks import Result, recipe_digest
@@ -23,6 +24,7 @@ from tools.leaderboard.tracks import Track
 FORMAT = "engaging-nanogpt submission 1"
 LARGEST_RECORD = 256 << 10
 MOST_RUNS = 100
+MOST_CHANGES, LONGEST_CHANGE = 40, 300
 KINDS = ("record", "negative", "rerun")
 
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -30,6 +32,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(ge=0, le=1e8)]
 Loss = Annotated[float, Field(gt=0, le=100)]
 Short = Annotated[str, Field(max_length=120)]
+Id = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
 class Blob(BaseModel):
@@ -51,11 +54,14 @@ class RunEntry(BaseModel):
 
 
 class Record(BaseModel):
-    """A submission as it lies on the board. `seconds` is the mean over the runs: the record time."""
+    """A submission as it lies on the board. `seconds` is the mean over the runs: the record time.
+
+    `changed` is what differs from the record `against`, settings and files of source; None: there was none before it.
+    """
 
     model_config = _STRICT
     format: Literal["engaging-nanogpt submission 1"]
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    id: Id
     kind: Literal["record", "negative", "rerun"]
     track: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     description: Annotated[str, Field(max_length=text.DESCRIPTION)]
@@ -72,6 +78,10 @@ class Record(BaseModel):
     recipe_sha256: Digest
     runs: Annotated[list[RunEntry], Field(min_length=1, max_length=MOST_RUNS)]
     data: Blob | None
+    against: Id | None = None
+    changed: Annotated[
+        list[Annotated[str, Field(max_length=LONGEST_CHANGE)]], Field(max_length=MOST_CHANGES + 1)
+    ] = Field(default_factory=list)
 
     @property
     def hardware(self) -> str:
@@ -121,6 +131,15 @@ def make(
         recipe_sha256=recipe_digest(runs[0]), runs=entries,
         data=blob(manifest) if manifest is not None else None, **said,
     )  # fmt: skip
+
+
+def changed_since(before: Run, now: Run) -> list[str]:
+    """What differs between two runs, a line each: knobs, and files of source with the lines added and taken away."""
+    sources = [
+        {name: changes.lines_of(data) for name, data in run.source_files.items()} for run in (before, now)
+    ]
+    lines = changes.brief(changes.between(before.recipe, now.recipe, *sources), MOST_CHANGES)
+    return [line[:LONGEST_CHANGE] for line in lines]
 
 
 def record_id(track: str, kind: str, logs: Sequence[str]) -> str:

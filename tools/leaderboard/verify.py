@@ -4,7 +4,7 @@ import datetime
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tools.leaderboard.group_checks import Others, Result
 from tools.leaderboard.modded_logs import LEFT_OUT, check_modded, read_modded_log
 from tools.leaderboard.run_checks import TITLES, check_run
 from tools.leaderboard.strict import is_whole
-from tools.leaderboard.submission import DERIVED, Record, make
+from tools.leaderboard.submission import DERIVED, Record, changed_since, make
 from tools.leaderboard.tracks import Track
 
 
@@ -150,10 +150,13 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 Unpack = Callable[[Record, Path], tuple[list[Path], Path | None]]
 
 
-def verify_record(record: Record, unpack: Unpack, tracks: dict[str, Track], others: Others) -> Verdict:
+def verify_record(
+    record: Record, unpack: Unpack, tracks: dict[str, Track], others: Others, earlier: Callable[[Record], Run]
+) -> Verdict:
     """A record of a board, from its evidence alone: everything it says is computed again. UserError: malformed.
 
-    `unpack(record, folder)` writes the evidence: (the runs, the folder of their data's manifest).
+    `unpack(record, folder)` writes the evidence: (the runs, the folder of their data's manifest); `earlier(record)`
+    is a run of the record that it is held against.
     """
     track = tracks.get(record.track)
     if track is None:
@@ -168,12 +171,30 @@ def verify_record(record: Record, unpack: Unpack, tracks: dict[str, Track], othe
     found = judge(runs, track, record.kind, record.description, record.submitted, facts, others, record.id)
     found.record = record
     found.problems += _claims(record, found)
+    found.problems += _change_claims(record, runs[0], earlier)
     return found
+
+
+def _change_claims(record: Record, run: Run, earlier: Callable[[Record], Run]) -> Iterator[tuple[str, str]]:
+    """What the record says has changed against what the two sources and settings say."""
+    try:
+        found = changed_since(earlier(record), run) if record.against else []
+    except (UserError, Refused):
+        yield (
+            "claim",
+            f"it says what changed since {record.against}, no earlier record of its track and hardware",
+        )
+        return
+    if found != record.changed:
+        wrong = next(
+            (line for line in [*record.changed, *found] if (line in found) != (line in record.changed)), ""
+        )
+        yield "claim", f"what it says has changed is not what its source and settings say ({wrong[:80]!r})"
 
 
 def _claims(record: Record, verdict: Verdict) -> list[tuple[str, str]]:
     """What the record says of its evidence against what the evidence says."""
-    now = datetime.datetime.now(datetime.UTC)
+    now = datetime.datetime.now(datetime.timezone.utc)
     problems = []
     if record.submitted > now + datetime.timedelta(days=1):
         problems.append(

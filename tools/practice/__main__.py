@@ -1,4 +1,4 @@
-"""`python -m tools.practice up|down|status [--dir=DIR]`: the practice cluster from a shell."""
+"""`engaging practice up|down|status [--dir=DIR]`: the practice cluster from a shell."""
 
 import argparse
 import os
@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 
 from nanogpt.common.errors import UserError, run_command
+from tools.args import Parser
 
 DEFAULT_FOLDER = "/var/lib/engaging-practice"
 
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.practice",
-        description="A real SLURM of eight nodes on this machine (root), with Engaging's partitions.",
+    parser = Parser(
+        "practice", "A real SLURM of eight nodes on this machine (root), with Engaging's partitions."
     )
     parser.add_argument("action", choices=["up", "down", "status"])
     parser.add_argument("--dir", default=DEFAULT_FOLDER, help=f"its folder (default {DEFAULT_FOLDER})")
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         "--user", action="append", default=[], help="up: a user who may submit too (repeatable)"
     )
     parser.add_argument("--delete", action="store_true", help="down: remove the folder as well")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     return ACTIONS[args.action](args)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from nanogpt.common.errors import UserError
 from nanogpt.common.storage import atomic_write_bytes
+from tools.args import counted
 from tools.launch import book
 from tools.launch.environment import is_secret, job_environment
 from tools.place import print_fetch_line
@@ -119,7 +120,7 @@ def write(root: Path, path: Path, findings: list[Finding]) -> None:
             archive.addfile(member, io.BytesIO(data))
     atomic_write_bytes(path, packed.getvalue())
     path.chmod(0o600)
-    print(f"\nsupport bundle: {path}, {len(files)} files; what looked like a secret is removed")
+    print(f"\nsupport bundle: {path}, {counted(len(files), 'file')}; what looked like a secret is removed")
     print(
         f"  look through it before you send it: tar xzf {path}; add the command that you typed, and the job's number"
     )

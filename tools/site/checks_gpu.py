@@ -9,6 +9,7 @@ from pathlib import Path
 from socket import gethostname
 from typing import TextIO
 
+from tools.args import counted
 from tools.launch.environment import environment_python
 from tools.launch.local import local_gpus
 from tools.site.checks_machine import driver_version
@@ -75,9 +76,9 @@ def all_reduce(asked: int, seconds: float) -> Finding:
     count = asked or here
     if count > here:
         fix = f"with SLURM: srun --gres=gpu:{asked} --pty engaging doctor --gpus {asked}"
-        return Finding("nccl", "fail", f"--gpus={count}: {here} GPUs can be seen here", fix)
+        return Finding("nccl", "fail", f"--gpus={count}: {counted(here, 'GPU')} can be seen here", fix)
     if count < 2:
-        return Finding("nccl", "skip", f"{count} GPUs: nothing to talk to")
+        return Finding("nccl", "skip", f"{counted(count, 'GPU')}: nothing to talk to")
     words = ["reduce", "nccl", str(count), str(seconds)]
     facts, error = _probe(words, 240 + seconds, sys.stderr)
     if facts is None:

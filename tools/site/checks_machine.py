@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nanogpt.common.errors import CommandError
 from nanogpt.common.storage import atomic_write_bytes
+from tools.args import counted
 from tools.launch.environment import environment_python, need_log_folder
 from tools.site.doctor import Finding
 from tools.site.settings import scratch_folder
@@ -195,7 +196,7 @@ def scratch(root: Path) -> list[Finding]:
         return [Finding("scratch", "skip", "no scratch folder here ($SCRATCH, ~/orcd/scratch)")]
     newest = max((entry.stat().st_mtime for entry in os.scandir(folder)), default=folder.stat().st_mtime)
     days = (time.time() - newest) / 86400
-    text = f"{folder}: last change {days:.0f} days ago"
+    text = f"{folder}: last change {counted(int(days), 'day') + ' ago' if days >= 1 else 'today'}"
     if days > OLD_DAYS:
         return [Finding("scratch", "warn", text, "copy what you need: scratch is purged when it is not used")]
     return [Finding("scratch", "ok", text)]

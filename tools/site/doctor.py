@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tools.args import Parser, whole
+from tools.args import Parser, counted, folded, whole
 from tools.place import checkout
 
 MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "--  "}
@@ -83,8 +83,9 @@ def main(argv: list[str]) -> int:
         )
     else:
         for finding in found:
-            print(finding.line())
-        print(f"\n{failed} failed, {warned} warnings" if failed or warned else "\nall is well")
+            for line in finding.line().splitlines():
+                print(folded(line, 18))
+        print(f"\n{failed} failed, {counted(warned, 'warning')}" if failed or warned else "\nall is well")
     if args.bundle is not None:
         from tools.site import bundle
 

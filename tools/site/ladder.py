@@ -21,7 +21,7 @@ from pathlib import Path
 from nanogpt.common.errors import CommandError, UserError
 from nanogpt.common.manifest import read_manifest
 from nanogpt.common.storage import atomic_write_text, make_folder
-from tools.args import Parser
+from tools.args import Parser, folded
 from tools.launch.environment import environment_python
 from tools.place import checkout
 from tools.practice import shape
@@ -117,16 +117,17 @@ def torch(facts: Facts) -> Rung:
         return Rung("torch", "done", f"{name}; no GPUs here")
     if facts.slurm and profile.cluster_name() == shape.CLUSTER:
         return Rung("torch", "done", f"{name}; the GPUs of the practice cluster are names only")
-    return Rung("torch", "failed", f"{name} is for CPUs only, and there are GPUs here", "bash setup_env.sh")
+    return Rung(
+        "torch", "failed", f"{name} is for CPUs only, and there are GPUs here", "bash setup_env.sh --cuda"
+    )
 
 
 def quickstart(facts: Facts) -> Rung:
     """The quickstart has run and learnt something."""
-    srun = (
-        "srun --cpus-per-task=4 --mem=8G --time=20 " if facts.slurm else ""
-    )  # login nodes are not for training
     runs = [run for run in facts.runs if run.name == "quickstart"]
-    return _reached("quickstart", runs, QUICKSTART_LOSS, f"{srun}make quickstart")
+    return _reached(
+        "quickstart", runs, QUICKSTART_LOSS, "make quickstart"
+    )  # a login node's goes to a job by itself
 
 
 def gpu_job(facts: Facts) -> Rung:
@@ -259,7 +260,7 @@ def main(argv: list[str]) -> int:
     facts = Facts(checkout())
     rungs = [rung(facts) for rung in LADDER]
     for rung in rungs:
-        print(f"{MARKS[rung.state]} {rung.name:11} {rung.text}")
+        print(folded(f"{MARKS[rung.state]} {rung.name:11} {rung.text}", 16))
     ahead = next((rung for rung in rungs if rung.state != "done"), None)
     print(
         f"\nnext: {ahead.command}"

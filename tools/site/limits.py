@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from nanogpt.common.errors import UserError
 from nanogpt.common.flags import nearest
-from tools.args import clock, words
+from tools.args import clock, counted, words
 from tools.site.cluster import Cluster
 from tools.site.slurm import Node, Partition, Qos
 
@@ -102,6 +102,16 @@ def gpus_in(node: Node, kind: str | None) -> int:
     return node.gpus.get(kind, 0) if kind else max(node.gpus.values(), default=0)
 
 
+def room(cluster: Cluster, partition: str, request: Request) -> int:
+    """Jobs that the partition's usable nodes hold side by side when nobody else is there; at least 1."""
+    held = 0
+    for node in cluster.nodes_of(partition):
+        fits = [node.cpus // max(1, request.cpus)]
+        fits += [gpus_in(node, request.gpu_type) // request.gpus] if request.gpus else []
+        held += min(fits) if node.usable else 0
+    return max(1, held // request.nodes)
+
+
 def check_gpu_type(cluster: Cluster, kind: str | None) -> None:
     """UserError when no node of the cluster has this type."""
     known = cluster.gpu_types()
@@ -134,7 +144,7 @@ def _partition_refuses(partition: Partition, request: Request) -> list[Refusal]:
     if partition.max_nodes is not None and request.nodes > partition.max_nodes:
         found.append(
             Refusal(
-                f"at most {partition.max_nodes} nodes",
+                f"at most {counted(partition.max_nodes, 'node')}",
                 f"--nodes={request.nodes}: {partition.name} allows {partition.max_nodes}",
                 f"--nodes={partition.max_nodes}",
             )
@@ -159,7 +169,7 @@ def _partition_refuses(partition: Partition, request: Request) -> list[Refusal]:
 
 
 def _hardware_refuses(cluster: Cluster, partition: Partition, request: Request) -> list[Refusal]:
-    kind, what = request.gpu_type, f"{request.gpu_type or 'any'} GPUs"
+    kind, what = request.gpu_type, f"{request.gpu_type} GPU" if request.gpu_type else "GPU"
     nodes = [node for node in cluster.nodes_of(partition.name) if node.usable]
     if not request.gpus:
         return [] if nodes else [Refusal("no node up", f"partition {partition.name} has no node that is up")]
@@ -167,13 +177,13 @@ def _hardware_refuses(cluster: Cluster, partition: Partition, request: Request) 
     if not most:
         others = ", ".join(cluster.gpu_types(partition.name)) or "no GPUs"
         return [
-            Refusal(f"no {kind or 'GPU'}", f"partition {partition.name} has no {what} (it has: {others})")
+            Refusal(f"no {kind or 'GPU'}", f"partition {partition.name} has no {what}s (it has: {others})")
         ]
     if request.gpus > most:
         return [
             Refusal(
                 f"nodes have {most}",
-                f"--gpus={request.gpus}: a node of {partition.name} has at most {most} {what}",
+                f"--gpus={request.gpus}: a node of {partition.name} has at most {counted(most, what)}",
                 f"--gpus={most}, or --nodes={-(-request.gpus // most)} --gpus={most} (counted a node)",
             )
         ]
@@ -185,9 +195,9 @@ def _hardware_refuses(cluster: Cluster, partition: Partition, request: Request) 
     if len(fitting) < request.nodes:
         return [
             Refusal(
-                f"{len(fitting)} such nodes",
-                f"--nodes={request.nodes}: {partition.name} has {len(fitting)} nodes with {request.gpus} "
-                f"{what}, {request.cpus} CPUs and the memory asked for",
+                f"{len(fitting)} such node{'s' * (len(fitting) != 1)}",
+                f"--nodes={request.nodes}: {partition.name} has {counted(len(fitting), 'node')} with "
+                f"{counted(request.gpus, what)}, {counted(request.cpus, 'CPU')} and the memory asked for",
                 "fewer nodes, GPUs or CPUs",
             )
         ]
@@ -206,21 +216,18 @@ def _qos_refuses(cluster: Cluster, qos: Qos, partition: Partition, request: Requ
             limit = limits.get(name)
             if limit is None or value <= limit:
                 continue
-            thing = (
-                "GPUs"
-                if name.startswith("gres/gpu")
-                else {"cpu": "CPUs", "mem": "MB of memory"}.get(name, name)
-            )
-            if name.startswith("gres/gpu:"):
-                thing = f"{name.partition(':')[2]} GPUs"
+            gpus, kind = name.startswith("gres/gpu"), name.partition(":")[2]
+            thing = f"{kind} GPU".strip() if gpus else {"cpu": "CPU", "mem": "MB of memory"}.get(name, name)
+
+            def much(number: int, thing: str = thing) -> str:
+                return f"{number} {thing}" if "memory" in thing else counted(number, thing)
+
             found.append(
                 Refusal(
-                    f"{limit} {thing} {whose.removeprefix('a ')}",
-                    f"{value} {thing} in {partition.name}: its limit {qos.name!r} allows {limit} {thing} "
+                    f"{much(limit)} {whose.replace('its whole', 'a')}",
+                    f"{much(value)} in {partition.name}: its limit {qos.name!r} allows {much(limit)} "
                     f"for {whose}, so the job would wait for ever",
-                    f"--gpus={limit // request.nodes}"
-                    if thing.endswith("GPUs") and limit >= request.nodes
-                    else "",
+                    f"--gpus={limit // request.nodes}" if gpus and limit >= request.nodes else "",
                 )
             )
     if qos.max_minutes is not None and request.minutes > qos.max_minutes:

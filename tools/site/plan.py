@@ -17,13 +17,13 @@ from datetime import datetime
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, add_request, clock, whole, words
+from tools.args import Parser, add_request, clock, counted, folded, spoken, whole, words
 from tools.launch.presets import Target, resolve
 from tools.place import checkout
 from tools.site import grace, slurm
 from tools.site.cluster import Cluster, ask_cluster, gpu_rank
-from tools.site.estimate import past
-from tools.site.limits import Refusal, Request, check_account, check_gpu_type, gpu_cap, refusals
+from tools.site.estimate import past, too_short
+from tools.site.limits import Refusal, Request, check_account, check_gpu_type, gpu_cap, refusals, room
 from tools.site.profile import Site, current_site, default_cpus, default_memory
 from tools.site.settings import fill
 
@@ -47,6 +47,8 @@ class Option:
     start: datetime | None = None
     free: int = 0  # GPUs of this type that nobody holds now
     at_once: int | None = None  # runs side by side under the user's own limit; None: no known limit
+    room: int | None = None  # the same on the nodes that there are, if nobody else used them; None: not known
+    small: bool = False  # what is to run there needs no fast GPU
     preemptable: bool = False
     spares_gpus: bool = True  # False: a job without GPUs would sit on GPU nodes
 
@@ -55,9 +57,13 @@ class Option:
         """Whether nothing known refuses it."""
         return not self.refusals
 
+    def together(self, seeds: int) -> int:
+        """How many of `seeds` runs can run side by side."""
+        return max(1, min(seeds, self.at_once or seeds, self.room or seeds))
+
     def waves(self, seeds: int) -> int:
         """Rounds for `seeds` runs."""
-        return -(-seeds // max(1, min(seeds, self.at_once or seeds)))
+        return -(-seeds // self.together(seeds))
 
     def gpu_hours(self, seeds: int) -> float:
         """GPU-hours if every run takes all of its time limit."""
@@ -97,6 +103,8 @@ def options(
             cap, _ = gpu_cap(cluster, partition, asked)
             if cap is not None and asked.all_gpus:
                 option.at_once = max(1, cap // asked.all_gpus)
+            option.small = target is not None and target.small
+            option.room = room(cluster, name, asked)
             found.append(option)
     return found
 
@@ -122,7 +130,8 @@ def ask_starts(found: list[Option]) -> None:
 
 
 def best(found: list[Option], seeds: int = 1) -> Option | None:
-    """The option whose last run would end first; then the one that is not preempted; then the faster GPU."""
+    """The option whose last run would end first; then the one that is not preempted; then the faster
+    GPU, or for what is small the more modest one, which others do not wait for."""
     taken = [option for option in found if option.ok]
     now = datetime.now()
 
@@ -133,7 +142,7 @@ def best(found: list[Option], seeds: int = 1) -> Option | None:
             not option.spares_gpus,
             end,
             option.preemptable,
-            gpu_rank(option.request.gpu_type or ""),
+            gpu_rank(option.request.gpu_type or "") * (-1 if option.small else 1),
             option.partition,
         )
 
@@ -212,10 +221,10 @@ def _show(
     args, cluster: Cluster, site: Site, found: list[Option], chosen: Option | None, instead: Option | None
 ) -> None:
     request = found[0].request if found else None
-    kind = f"{args.gpu_type} " if args.gpu_type else ""
     many = f", {args.seeds} seeds" if args.seeds > 1 else ""
     nodes = f" on each of {args.nodes} nodes" if args.nodes > 1 else ""
-    print(f"{args.preset}: {args.gpus} {kind}GPUs{nodes}, {clock(request.minutes) if request else ''}{many}")
+    limit = f", {spoken(request.minutes)} at most" if request else ""
+    print(f"{args.preset}: {_gpus(args.gpus, args.gpu_type)}{nodes}{limit}{many}")
     print(f"site {site.name}; asked {datetime.now():%Y-%m-%d %H:%M}\n")
     rows = [("partition", "GPU", "free", "answer")]
     for option in sorted(found, key=lambda o: (not o.ok, o.start or datetime.max, o.partition)):
@@ -223,28 +232,37 @@ def _show(
         rows.append((option.partition, gpu, str(option.free), _answer(option, args.seeds)))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip())
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip()
+        print(folded(line, sum(widths) + 6))
     for note in [*cluster.notes, past(checkout(), args.preset)]:
-        print(f"note: {note}")
+        print(folded(f"note: {note}"))
+    if request and (warning := too_short(checkout(), args.preset, request.minutes)):
+        print(f"warning: {warning}")
     print()
     if chosen:
-        print(
-            f"Recommended: {chosen.request.all_gpus} GPUs in {chosen.partition}{_waves(chosen, args.seeds)}."
-        )
+        gpus = _gpus(chosen.request.all_gpus, chosen.request.gpu_type)
+        print(folded(f"Recommended: {gpus} in {chosen.partition}{_waves(chosen, args.seeds)}."))
         if chosen.preemptable:
-            print(
+            text = (
                 "Jobs there are stopped when the owners need the nodes; the run saves, requeues and goes on."
             )
-            print(_grace(cluster, chosen))
+            print(folded(text))
+            print(folded(_grace(cluster, chosen)))
         print(f"  {launch_line(args.preset, chosen, args.seeds)}")
         return
-    print(f"This cannot start here: {_first_reason(found)}")
+    print(folded(f"This cannot start here: {_first_reason(found)}"))
     if instead:
-        gpus, limit = instead.request.all_gpus, words(instead.request.minutes)
-        kind, nodes = instead.request.gpu_type or "", instead.request.nodes
-        spread = f" on {nodes} nodes" if nodes > 1 else ""
-        print(f"What can: {gpus} {kind} GPUs{spread} for {limit} in {instead.partition}.")
+        gpus, limit = (
+            _gpus(instead.request.all_gpus, instead.request.gpu_type),
+            words(instead.request.minutes),
+        )
+        spread = f" on {instead.request.nodes} nodes" if instead.request.nodes > 1 else ""
+        print(f"What can: {gpus}{spread} for {limit} in {instead.partition}.")
         print(f"  {launch_line(args.preset, instead, args.seeds)}")
+
+
+def _gpus(count: int, kind: str | None) -> str:
+    return counted(count, f"{kind} GPU" if kind else "GPU")
 
 
 def _grace(cluster: Cluster, option: Option) -> str:
@@ -258,9 +276,10 @@ def _answer(option: Option, seeds: int) -> str:
     if option.refusals:
         return "no: " + "; ".join(refusal.short for refusal in option.refusals)
     text = "yes" + (f", start {_when(option.start)}" if option.start else "")
-    text += f", {option.gpu_hours(seeds):g} GPU-hours at most"
+    hours = option.gpu_hours(seeds)
+    text += f", {hours:.3g} GPU-hour{'s' * (hours != 1)} at most" if hours else ""
     if seeds > 1:
-        text += f", {option.waves(seeds)} wave{'s' if option.waves(seeds) > 1 else ''}"
+        text += f", {counted(option.waves(seeds), 'wave')}"
     return text + (", preemptable" if option.preemptable else "")
 
 
@@ -268,12 +287,16 @@ def _waves(option: Option, seeds: int) -> str:
     if seeds == 1:
         return ""
     count = option.waves(seeds)
-    side = min(seeds, option.at_once or seeds)
+    side = option.together(seeds)
     whose = (
-        f" (your limit: {option.at_once} side by side)" if option.at_once and option.at_once < seeds else ""
+        ""
+        if side == seeds
+        else " (your limit)"
+        if side == option.at_once
+        else " (that is all the nodes hold)"
     )
     limit = words(count * option.request.minutes)
-    return f", {seeds} runs, {side} at once{whose}, {count} waves, {limit} after the start at most"
+    return f", {seeds} runs, {side} at once{whose}, {counted(count, 'wave')}, {limit} after the start at most"
 
 
 def _when(start: datetime) -> str:

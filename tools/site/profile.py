@@ -5,7 +5,6 @@ always wins.
 """
 
 import os
-import tomllib
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -16,6 +15,7 @@ from tools.args import Parser, clock, name_of
 from tools.place import checkout
 from tools.site import slurm
 from tools.site.cluster import Cluster, ask_cluster
+from tools.toml import tomllib
 
 FOLDER = Path("slurm") / "sites"
 GENERIC_CPUS = 8  # a GPU; enough for one rank and its data, and never all of a node's

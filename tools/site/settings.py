@@ -13,7 +13,6 @@ import argparse
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from nanogpt.common.flags import nearest
 from nanogpt.common.storage import atomic_write_text, make_folder
 from tools.args import Parser, list_of_names, name_of
 from tools.place import checkout
+from tools.toml import tomllib
 
 MAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]{1,200}")
 PRICES = re.compile(r"[A-Za-z0-9_=.,]{1,200}")
@@ -137,23 +137,33 @@ def lab_file(own: dict[str, str]) -> Path | None:
     return path
 
 
-def from_files() -> dict[str, Value]:
-    """What your file and the lab's say."""
+def from_files(site_file: Path | None = None) -> dict[str, Value]:
+    """What your file, the lab's and the site's say; without `site_file`, this cluster's."""
     path = user_file()
     own = read_settings(path) if path.exists() else {}
     found = {key: Value(value, str(path)) for key, value in own.items()}
     if (lab := lab_file(own)) is not None:
         for key, value in read_settings(lab).items():
             found.setdefault(key, Value(value, str(lab)))
+    if (site := site_file or _site_with_settings()) is not None:
+        for key, value in read_settings(site, "settings").items():
+            found.setdefault(key, Value(value, str(site)))
     return found
+
+
+def _site_with_settings() -> Path | None:
+    """This cluster's site file, where one of them has the table [settings]; else SLURM is not even asked."""
+    sites = sorted((checkout() / "slurm" / "sites").glob("*.toml"))
+    if not any(re.search(r"^\[settings\]", path.read_text(errors="replace"), re.MULTILINE) for path in sites):
+        return None
+    from tools.site.profile import current_site
+
+    return current_site(checkout()).path
 
 
 def resolve(site_file: Path | None = None) -> dict[str, Value]:
     """Every setting that has a value, by name; flags, which stand before all this, are the caller's."""
-    found = from_files()
-    if site_file is not None:
-        for key, value in read_settings(site_file, "settings").items():
-            found.setdefault(key, Value(value, str(site_file)))
+    found = from_files(site_file)
     for key, setting in SETTINGS.items():
         for variable in setting.variables:
             if text := os.environ.get(variable):

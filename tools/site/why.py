@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
-from tools.args import Parser, clock, parse_minutes, words
+from tools.args import Parser, clock, counted, folded, parse_minutes, words
 from tools.site import slurm
 from tools.site.cluster import Cluster, ask_cluster
 from tools.site.limits import Request, effective_qos, gpu_cap, largest_node, refusals
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
     cluster = ask_cluster()
     pending = [row for row in rows if row.get("JobState") == "PENDING"]
     for line in explain((pending or rows)[0], cluster).lines():
-        print(line)
+        print(line if line.startswith("  -> ") else folded(line, 4))
     if pending:
         _start_estimate(job)
     return 0
@@ -158,7 +158,7 @@ def _quota(row: dict[str, str], request: Request, cluster: Cluster, remedy: str)
         flag = f"scontrol update JobId={job} Gres=gpu:{kind}{fits}  (or --gpus {fits} when you launch it)"
         if cap < request.nodes:
             flag = f"scancel {job}, then again with --nodes={cap} at most"
-        return detail, flag + (f"; for {request.all_gpus} GPUs: {elsewhere}" if elsewhere else "")
+        return detail, flag + (f"; for {counted(request.all_gpus, 'GPU')}: {elsewhere}" if elsewhere else "")
     key = "cpu" if "{cpus}" in remedy else "mem"
     for qos in effective_qos(cluster, partition, request):
         limit = qos.per_user.get(key) or qos.per_job.get(key)
@@ -241,7 +241,7 @@ def _fits(row: dict[str, str], request: Request, cluster: Cluster) -> str:
     for refusal in refusals(cluster, request, name):
         return refusal.line()
     most = largest_node(cluster, name, request.gpu_type)
-    return f"nodes of {name} have at most {most} GPUs; engaging plan shows the rest"
+    return f"nodes of {name} have at most {counted(most, 'GPU')}; engaging plan shows the rest"
 
 
 def _failed(exit_code: str, text: str, remedy: str) -> tuple[str, str]:
@@ -251,7 +251,7 @@ def _failed(exit_code: str, text: str, remedy: str) -> tuple[str, str]:
 def _running(row: dict[str, str]) -> str:
     ran, limit = row.get("RunTime", "?"), row.get("TimeLimit", "?")
     restarts = slurm._int(row.get("Restarts")) or 0
-    again = f", restarted {restarts} times" if restarts else ""
+    again = f", restarted {counted(restarts, 'time')}" if restarts else ""
     return f"it has run {ran} of {limit} on {row.get('NodeList') or '?'}{again}"
 
 

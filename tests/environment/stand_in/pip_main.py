@@ -39,6 +39,8 @@ def install(name: str, version: str, index: str) -> None:
                 "'cpu'", "None"
             ).replace("Optional[str]", "object"),
         }
+    elif name == "tomli":  # Python 3.10 reads pyproject.toml with it
+        files = {"tomli.py": "from pip._vendor.tomli import TOMLDecodeError, loads\n"}
     else:
         files = {f"{module}.py": f"__version__ = {version!r}\n"}
     info = f"{name.replace('-', '_')}-{version}.dist-info"

@@ -60,15 +60,18 @@ def in_process(folder: Path, command: list[str], env: dict[str, str]) -> subproc
     """`engaging COMMAND...` as typed in `folder` with this environment: what it printed, and its exit status."""
     out, err = io.StringIO(), io.StringIO()
     before, handlers = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
+    here = Path.cwd()
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
     try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 errors.run_command(lambda _: cli.main(command))
             except SystemExit as end:
                 status = end.code
     finally:
+        os.chdir(here)
         os.environ.clear()
         os.environ.update(before)
         for number, handler in handlers.items():

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import kit
 import pytest
 
-from tools.experiments import costs, plan
+from tools.experiments import costs
 from tools.experiments.config import parse
 from tools.experiments.study import Result, kin_of, work_of
+from tools.site import limits
 from tools.site.slurm import Node
 
 STAGE = {"num_iterations": 1000, "batch_size": 128}
@@ -75,8 +76,7 @@ def test_no_more_runs_at_once_than_the_nodes_hold():
     cluster = SimpleNamespace(nodes_of=lambda name: nodes)
 
     def room(gpus, kind, cpus):
-        request = SimpleNamespace(gpus=gpus, gpu_type=kind, cpus=cpus)
-        return plan._room(cluster, SimpleNamespace(partition="p", request=request))
+        return limits.room(cluster, "p", limits.Request(gpus, kind, 60, 1, cpus))
 
     assert [room(4, "h200", 8), room(8, "h200", 8), room(1, "l40s", 8), room(1, "h200", 16)] == [4, 2, 4, 8]
     assert room(0, None, 32) == 6 and room(8, "l40s", 8) == 1

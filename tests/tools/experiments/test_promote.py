@@ -2,6 +2,7 @@
 
 import pytest
 
+from nanogpt.common.errors import UserError
 from tools.experiments import promote
 from tools.experiments.study import Result
 
@@ -110,10 +111,49 @@ def test_one_pivot_to_the_next_of_stage_a_and_no_second():
     assert again.advance == [] and "the one pivot is used" in again.verdict
 
 
-def test_the_configurations_baseline_stands_in_for_runs_of_it():
-    palm = result("palm", "B", [3.280, 3.281, 3.279], baseline_val_loss=3.30, baseline_std=0.002)
-    assert promote.decide([palm]).advance == ["palm"]
-    assert promote.decide([result("palm", "B", [3.280, 3.281])]).advance == []
+PALM_B = result("palm", "B", [3.280, 3.281, 3.279], baseline_val_loss=3.30, baseline_std=0.002)
+
+
+def test_a_stage_without_a_baseline_gets_it_before_anything_is_decided():
+    for stage_a in ([BASE, result("palm", "A", [3.28, 3.29]), result("curr", "A", [3.29, 3.30])], []):
+        found = promote.decide([*stage_a, PALM_B])
+        assert (found.to, found.advance, found.with_baseline) == (
+            "B",
+            ["baseline"] if stage_a else [],
+            not stage_a,
+        )
+        assert (
+            not found.complete and "stage B has no baseline" in found.verdict
+        )  # and no pivot is spent on it
+        assert found.could_be_typed == (3.30, 0.002)
+    assert promote.decide([result("palm", "A", [3.28, 3.29])]).to == "A"
+
+
+def test_typed_numbers_stand_in_when_asked_and_no_baseline_is_added():
+    found = promote.decide([BASE, PALM_B], typed=(3.30, 0.002))
+    assert found.advance == ["palm"] and found.verdict.endswith(promote.TYPED) and not found.with_baseline
+    worse = promote.decide([BASE, PALM_B], typed=(3.27, None))
+    assert worse.advance == [] and worse.verdict.endswith(promote.TYPED)
+    ran = promote.decide([B_BASE, PALM_B], typed=(3.27, None))
+    assert ran.advance == ["palm"] and promote.TYPED not in ran.verdict  # runs are better than numbers
+
+
+def test_the_baseline_goes_to_b_although_stage_a_had_none():
+    found = promote.decide([result("palm", "A", [3.28, 3.29], baseline_val_loss=3.30)])
+    assert (found.to, found.advance, found.with_baseline) == ("B", ["palm"], True)
+
+
+def test_a_baseline_whose_runs_all_failed_condemns_nobody():
+    lost = result("baseline", "B", [], planned=3, failed=3)
+    a = [BASE, result("palm", "A", [3.28, 3.29]), result("curr", "A", [3.29, 3.30])]
+    found = promote.decide([*a, lost, PALM_B])
+    assert found.advance == [] and "--retry-failed" in found.verdict and not found.complete
+
+
+@pytest.mark.parametrize("text", ["", "low", "3.3,", "nan", "3.3,0.1,2", "-1", "3.3,-1", "1e400", "3.3,nan"])
+def test_typed_numbers_are_numbers(text):
+    with pytest.raises(UserError, match=r"--typed-baseline=.*as in 3\.30"):
+        promote.typed_numbers(text)
 
 
 def test_rank_correlation():

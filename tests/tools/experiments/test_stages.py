@@ -79,6 +79,34 @@ def test_stage_by_stage_with_promote_run(clone, tmp_path):
     assert "goes on to stage C" in kit.engaging(clone, "promote", "steps").stdout
 
 
+def test_the_baseline_that_stage_b_lacks_is_added_with_its_sum(clone, tmp_path):
+    for stage, folder in (("A", "stage_a"), ("B", "stage_b"), ("C", "stage_c")):
+        two_variants(tmp_path / folder, f"lone_{stage.lower()}", stage=stage)
+    alone = tmp_path / "stage_b" / "lone_b_palm.json"
+    run(clone, alone, "--n-runs", 2, "--study", "lone", "--", "--num_iterations=6")
+    asked = kit.engaging(clone, "promote", "lone", check=False)
+    assert asked.returncode == 1 and "stage B has no baseline" in asked.stdout
+    assert "baseline: 2 runs on a CPU" in asked.stdout and "sum: " in asked.stdout
+    assert (
+        "not in turn" in asked.stdout and "start it: engaging experiment promote lone --run" in asked.stdout
+    )
+    cheap = kit.engaging(clone, "promote", "lone", "--typed-baseline", "9.0,0.1").stdout
+    assert "typed numbers, not evidence" in cheap and "lone_c" not in cheap and "baseline: " not in cheap
+    assert "start it: engaging experiment promote lone --typed-baseline 9.0,0.1 --run" in cheap
+    kit.engaging(clone, "promote", "lone", "--run")
+    (baseline,) = kit.experiments(clone, "lone_b_base")
+    assert seeds(baseline) == [(0, 42, True), (1, 43, True)]  # as many runs, as long, as the variant's
+    assert {row["final_step"] for row in kit.lines(baseline / "results.jsonl")} == {6}
+    said = kit.engaging(clone, "promote", "lone", "--n-runs", 2, "--price", "2").stdout
+    assert "palm_parallel goes on to stage C" in said and "in turn: run 0 of each, then run 1" in said
+    kit.engaging(clone, "promote", "lone", "--run", "--n-runs", 2)
+    logs = [log for f in kit.experiments(clone, "lone_c") for log in f.glob("runs/run_*/stdout.log")]
+    in_turn = sorted(logs, key=lambda log: log.stat().st_mtime_ns)
+    assert [log.parent.name for log in in_turn] == ["run_0_seed_42"] * 2 + ["run_1_seed_43"] * 2
+    refused = run(clone, alone, "--config", tmp_path / "stage_c", check=False)
+    assert refused.returncode == 2 and "lone_b_palm: stage B has no baseline" in refused.stderr
+
+
 def test_a_study_is_found_by_its_name_though_a_folder_has_the_same(clone, tmp_path):
     (clone / "twin").mkdir()
     kit.configuration(clone / "twin", experiment_name="twin_base", n_runs=2)

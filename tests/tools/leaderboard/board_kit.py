@@ -153,7 +153,7 @@ def made(
         "plan": {"world_size": world_size, "total_steps": steps},
         "data": fingerprint(manifest), "entry": f"modded_nanogpt/{trainer}", "run_id": f"{noise.getrandbits(64):016x}",
     }  # fmt: skip
-    started = datetime.datetime(2026, 11, start_day, 0, tzinfo=datetime.UTC) + datetime.timedelta(
+    started = datetime.datetime(2026, 11, start_day, 0, tzinfo=datetime.timezone.utc) + datetime.timedelta(
         hours=seed % 20
     )
     environment = {

@@ -76,6 +76,46 @@ def test_a_claim_that_its_evidence_does_not_bear(
     assert len(reasons) == 1 and said in reasons[0] and "its evidence says" in reasons[0], reasons
 
 
+@pytest.fixture
+def second(board: Path, tmp_path: Path) -> Path:
+    """A second record: another source, another learning rate."""
+    runs = kit.seeds(3, change="two")
+    for run in runs:
+        run.config["config"]["muon_lr"] = 0.025
+    first = the_record(board)
+    assert submit(board, runs, tmp_path / "second") == 0
+    (path,) = set((board / "records").glob("*.json")) - {first}
+    return path
+
+
+def test_a_record_stores_what_changed(second: Path, board: Path) -> None:
+    record = json.loads(second.read_text())
+    assert record["against"] in {path.stem for path in (board / "records").glob("*.json")} - {second.stem}
+    assert record["changed"] == ["muon_lr: 0.023 -> 0.025", "modded_nanogpt/model.py: +1 -1"]
+    assert command.main(["verify", str(board)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ({"changed": []}, "not what its source and settings say ('muon_lr: 0.023 -> 0.025')"),
+        ({"changed": ["nothing but <b>care</b>"]}, "not what its source and settings say"),
+        ({"against": None}, "not what its source and settings say"),
+        ({"against": "0" * 16}, "no earlier record of its track and hardware"),
+        ({"against": "itself"}, "no earlier record of its track and hardware"),
+    ],
+)
+def test_what_changed_is_not_believed(
+    claim: dict, said: str, second: Path, board: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if claim.get("against") == "itself":
+        claim = {"against": second.stem}
+    second.write_text(json.dumps({**json.loads(second.read_text()), **claim}))
+    assert command.main(["verify", str(board)]) == command.EXIT_REFUSED
+    reasons = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  REFUSED")]
+    assert len(reasons) == 1 and said in reasons[0], reasons
+
+
 def test_runs_left_out_of_a_record(board: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = the_record(board)
     record = json.loads(path.read_text())
@@ -95,6 +135,8 @@ DAMAGE = {
     "its evidence is not what the record's digest says": swap,
     "digest says ": lambda blob, others: blob.write_bytes(blob.read_bytes()[:-40]),
     "digest says": lambda blob, others: blob.write_bytes(lzma.compress(b"\0" * (300 << 20), preset=0)),
+    "its end is missing": lambda blob, others: blob.write_bytes(blob.read_bytes()[:-4]),
+    "or is not its end": lambda blob, others: blob.write_bytes(blob.read_bytes() + b"x"),
     "not among the board's evidence": lambda blob, others: (blob.unlink(), blob.symlink_to("/etc/passwd")),
 }
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import stat
+import subprocess
+import tempfile
 from pathlib import Path
 
 import board_kit as kit
@@ -43,10 +46,35 @@ def page(board: Path) -> str:
 def test_the_group_can_read_and_write_it_whatever_the_umask(made: Path) -> None:
     for path in [made, *(p for p in made.rglob("*") if "site" not in p.parts)]:
         mode = stat.S_IMODE(path.stat().st_mode)
-        wanted = 0o3775 if path.is_dir() else 0o644 if path.name == "board.json" else 0o664
-        assert mode == wanted, (path, oct(mode))
+        assert mode == (0o3775 if path.is_dir() else 0o644), (path, oct(mode))
     with pytest.raises(UserError, match="not empty"):
         command.main(["init", str(made)])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a second account")
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [
+        ("echo x > records/another.json", True),
+        ("mkdir evidence/zz && echo x > evidence/zz/another.xz", True),
+        ("echo x >> records/$0.json", False),
+        ("rm -f records/$0.json", False),
+        ("mv records/$0.json records/other.json", False),
+        ("echo x >> board.json", False),
+        ("mv records gone", False),
+    ],
+)
+def test_others_of_the_group_add_and_change_nothing(
+    made: Path, record: str, line: str, allowed: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as place:  # which all may enter
+        Path(place).chmod(0o755)
+        board = shutil.copytree(made, Path(place) / "board")
+        done = subprocess.run(
+            ["sh", "-c", f"umask 077; {line}", record], cwd=board, user=12345, group=board.stat().st_gid,
+            extra_groups=[], capture_output=True, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode == 0) is allowed, done.stderr
 
 
 def test_a_withdrawn_record_leaves_the_table_and_is_listed_with_its_reason(made: Path, record: str) -> None:

@@ -72,7 +72,7 @@ def tokens_a_second_from_elsewhere(runs: Runs) -> None:
 
 @forged("would have ended after it was submitted")
 def from_the_future(runs: Runs) -> None:
-    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
     runs[1].environment[0]["time"] = soon.isoformat()
 
 

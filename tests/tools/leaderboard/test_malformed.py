@@ -384,7 +384,9 @@ def test_a_malformed_record_among_good_ones_is_named_and_the_rest_is_checked(
 
 def test_a_date_to_come(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(record.read_text())
-    found["submitted"] = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=9)).isoformat()
+    found["submitted"] = (
+        datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=9)
+    ).isoformat()
     record.write_text(json.dumps(found))
     assert command.main(["verify", str(record)]) == command.EXIT_REFUSED
     assert "which is to come" in capsys.readouterr().out

@@ -72,7 +72,7 @@ class RowTable:
         pool = torch.randint(0, 2, (size.sign_rows, size.width), generator=drawn, dtype=torch.int8)
         self.pool = (2 * pool - 1).to(device)
         early, events = schedule.table_events(config)
-        betas = [schedule.TABLE_EARLY[0]] * early + [schedule.TABLE_LATE[0]] * (events - early)
+        betas = [schedule.TABLE_EARLY[0]] * early + [schedule.TABLE_LATE[0]] * max(1, events - early)
         kept = np.cumsum(np.log(np.array([1.0, *betas])))
         self.log_kept = torch.from_numpy(kept).to(device)
         self.exchange = RowExchange(ranks, self.share) if ranks.world_size > 1 else None

@@ -3,10 +3,10 @@
     python benchmarks/speedrun_kernels.py
     python benchmarks/speedrun_kernels.py --tokens=49152 --sweep=true
 
-Sizes are track 1's: width 768, hidden 3,072, vocabulary 50,304; tokens are those of one lane in the three stages. Times
-are the GPU's alone, medians of both, measured in turns. TFLOP/s count the matrix products, GB/s what has to be read and
-written at least once. `--sweep` also times other tiles for the kernels, to choose from. What fails is named in its row
-and the others go on. The last line is JSON for programs.
+Sizes are track 1's: width 768, hidden 3,072, vocabulary 50,304, of an n-gram table 4 M rows; tokens are those of one
+lane in the three stages. Times are the GPU's alone, medians of both, measured in turns. TFLOP/s count the matrix
+products, GB/s what has to be read and written at least once. `--sweep` also times other tiles, to choose
+from. What fails is named in its row and the others go on. The last line is JSON for programs.
 """
 
 import json
@@ -22,7 +22,7 @@ if __package__ in (None, ""):
 from nanogpt.common.errors import UserError, run_command
 from nanogpt.common.flags import knob, parse
 
-WIDTH, HIDDEN, VOCABULARY = 768, 3072, 50_304
+WIDTH, HIDDEN, VOCABULARY, GRAM_ROWS = 768, 3072, 50_304, 4_000_000
 SOFTCAP = (23.0, 5.0, 7.5)
 QUEUE = 20_000_000  # cycles, about 11 ms: the GPU sleeps so long before what is timed, while it is launched
 
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     print(f"{'':44} {'tokens':>7} {titles}", flush=True)
     rows = []
     for tokens in counts:
-        for make in (head_cases, head_pieces, table_cases, mlp_cases, mlp_pieces):
+        for make in (head_cases, head_pieces, table_cases, gram_cases, mlp_cases, mlp_pieces):
             rows += table_rows(make, tokens, device, choice, settings.rounds)
     if settings.sweep:
         for make in (row_kernel_sweep, tile_sweep):
@@ -258,6 +258,50 @@ def table_cases(tokens: int, device: object, choice: object) -> Iterator[Case]:
         "gradient of an embedding table", lambda: embedding.add_rows_(table, rows, runs),
         lambda: table.index_add_(0, places, rows), bytes=2 * (rows.numel() + 2 * runs.ids.numel() * WIDTH),
     )  # fmt: skip
+
+
+def gram_cases(tokens: int, device: object, choice: object) -> Iterator[Case]:
+    """What the n-gram table does to a lane, and to the eight lanes of each of four steps."""
+    import numpy as np
+    import torch
+
+    from modded_nanogpt import ngrams
+    from modded_nanogpt.kernels import row_table
+
+    rows, cycle = GRAM_ROWS, 32 * tokens
+    share = 1.0 / (np.arange(VOCABULARY) + 2.7)
+    text = np.random.default_rng(0).choice(VOCABULARY, cycle, p=share / share.sum()).astype(np.uint16)
+    places = torch.from_numpy(ngrams.gram_rows(text, rows)).to(device)
+    signs = torch.from_numpy(ngrams.gram_signs(text, 8192)).to(device)
+    table = torch.zeros(rows, WIDTH, dtype=torch.bfloat16, device=device)
+    pool = torch.ones(8192, WIDTH, dtype=torch.int8, device=device)
+    one = [part[:, :tokens].contiguous() for part in (places, signs)]
+    yield Case(
+        "n-grams looked up",
+        lambda: row_table.look_up(table, one[0], pool, one[1]),
+        None,
+        bytes=tokens * 6 * WIDTH,
+    )
+    gradients = 1e-3 * torch.randn(cycle, WIDTH, dtype=torch.bfloat16, device=device)
+    flat = places.flatten()
+    yield Case("  a cycle's entries sorted", lambda: torch.sort(flat, stable=True), None)
+    entries = row_table.Entries(*torch.sort(flat, stable=True), gradients, signs.flatten(), pool)
+    second, last = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.int32, device=device)
+    log_kept = torch.zeros(9, dtype=torch.float64, device=device)
+    rates = row_table.Rates(3, 0.95, 0.1, 0.01, 1.0, 1e-10, True)
+    touched = torch.unique(flat).numel()
+    for block, warps in ((4, 4), (2, 2), (4, 2), (4, 8), (8, 4), (8, 8), (16, 8)):
+
+        def update(block: int = block, warps: int = warps) -> None:
+            kept = row_table.BLOCK_ENTRIES, row_table.ENTRY_WARPS
+            row_table.BLOCK_ENTRIES, row_table.ENTRY_WARPS = block, warps
+            try:
+                row_table.update_rows_(table, second, last, log_kept, entries, rates)
+            finally:
+                row_table.BLOCK_ENTRIES, row_table.ENTRY_WARPS = kept
+
+        name = f"  a cycle's update, {block} entries, {warps} warps"
+        yield Case(name, update, None, bytes=2 * WIDTH * (entries.ids.numel() + 2 * touched))
 
 
 def mlp_inputs(tokens: int, device: object) -> tuple:

@@ -5,6 +5,7 @@ python benchmarks/speedrun_profile.py --dataset=/path/of/tokens --kernels=40 # a
 python benchmarks/speedrun_profile.py --dataset=/path/of/tokens --flags="--fp8=off" --trace=trace.json
 """
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -42,16 +43,18 @@ def main(argv: list[str]) -> None:
 
     if not torch.cuda.is_available():
         raise UserError("--dataset: this machine has no GPU that torch can use; run it where there is one")
-    from modded_nanogpt import schedule, setup
+    from modded_nanogpt import schedule, setup, table_plan
     from modded_nanogpt.batches import TrainBatches, ValBatches
     from modded_nanogpt.config import PRESETS, Config
     from nanogpt.common import ranks as ranks_module
     from nanogpt.common import training
+    from nanogpt.common.machine import gpu_memory
 
     words = [f"--dataset={Path(options.dataset).resolve()}", "--steps=105", "--extension_steps=6", "--data_passes=9",
              "--eval_tokens=262144", *shlex.split(options.flags)]  # fmt: skip
     config = Config(**parse_values(Config, words, prog="trainer", description="", presets=PRESETS))
     ranks = ranks_module.start("cuda", "auto")
+    config = table_plan.settle(config, 1, gpu_memory())
     token_set = training.checked_tokens(config, ranks, print)
     began = time.perf_counter()
     state = setup.build(config, ranks)
@@ -73,6 +76,8 @@ def profile_stage(options: Options, config, state, ranks, batches, stage) -> Non
 
     from modded_nanogpt import lanes, schedule, setup
 
+    if state.table is not None:
+        state.table.forget()
     step = schedule.at(config, stage.start)
     ready = [batches.get(stage.start, number) for number in range(options.lanes_each)]
     for batch in ready:
@@ -94,6 +99,9 @@ def profile_stage(options: Options, config, state, ranks, batches, stage) -> Non
                     lanes.train_lane(state, ranks, ready[index], step)
                     continue
                 odd = schedule.at(config, stage.start + index)  # one update with Adam, one without
+                odd = dataclasses.replace(
+                    odd, table=schedule.TABLE_EARLY if odd.adam and state.table else None
+                )
                 lanes.train_lane(state, ranks, ready[0], odd)
                 torch.cuda.synchronize()
                 state.optimizer.step(odd)

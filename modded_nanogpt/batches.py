@@ -19,6 +19,7 @@ from modded_nanogpt.candidates import candidates, turn_of
 from modded_nanogpt.config import Config, resolve
 from modded_nanogpt.data_plan import DataPlan, check_validation, check_vocabulary, plan_data, tokens_needed
 from modded_nanogpt.kernels.embedding import Runs, runs_of
+from modded_nanogpt.ngrams import gram_rows, gram_signs
 from nanogpt.common.shards import Shard, TokenSet
 
 __all__ = ["Batch", "TrainBatches", "ValBatches", "tokens_needed"]
@@ -30,6 +31,7 @@ USUAL_DOCUMENT = 300  # tokens; for other lane sizes
 TEXT_MULTIPLE = 128  # tokens of `text_batch`
 STEP = 32  # a text with more documents than expected gets so many entries more, as often as needed
 
+FOR_CPU = ("bigram_rows_cpu", "gram_wanted")  # fields of a batch that stay there
 BIGRAM_FACTORS = (36_313, 27_191)  # of a token and of the one before it, for the bigram hash
 
 
@@ -50,6 +52,13 @@ class Batch:
         int  # attention looks over no more tokens than that; the same for all training lanes of a size
     )
     candidates: Tensor | None = None  # int64 (P,): the classes that are scored, ascending; None: all
+    # Of the table of n-grams, int32, a row a half; None without one.
+    gram_rows: Tensor | None = None  # (2, L): rows of the table
+    gram_signs: Tensor | None = None  # (2, L): rows of its signs
+    # Where several ranks share the table: the different rows, ascending, for the CPU, and the place of each of
+    # `gram_rows` among them.
+    gram_wanted: Tensor | None = None  # (K,)
+    gram_places: Tensor | None = None  # (2, L)
 
     def to(self, device: torch.device) -> "Batch":
         """On `device`, copied without waiting."""
@@ -57,7 +66,7 @@ class Batch:
             return self
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
-            if name != "bigram_rows_cpu" and isinstance(value, Tensor):
+            if name not in FOR_CPU and isinstance(value, Tensor):
                 values[name] = value.to(device, non_blocking=True)
             elif isinstance(value, Runs):
                 values[name] = Runs(*(tensor.to(device, non_blocking=True) for tensor in value))
@@ -78,7 +87,8 @@ class TrainBatches:
         self._stage_of = [
             index for index, stage in enumerate(self.stages) for _ in range(stage.start, stage.end)
         ]
-        self._packer, self._cap = _Packer(config, device.type == "cuda"), schedule.attention_cap(config)
+        self._packer = _Packer(config, device.type == "cuda", world_size)
+        self._cap = schedule.attention_cap(config)
         self._open_shard: tuple[int, np.ndarray] | None = None
         self._next_step = 0
         # On a GPU the next batch is read while this one is computed, and the next shard long before its turn.
@@ -169,7 +179,7 @@ class ValBatches:
         self.tokens = np.concatenate([maps[0][: self.num_tokens + 1], *maps[1:]])[: self.num_tokens + 1]
         check_vocabulary(token_set, config)
         self.starts = np.flatnonzero(self.tokens == (-1 if token_set.eot is None else token_set.eot))
-        self._packer = _Packer(config, device.type == "cuda")
+        self._packer = _Packer(config, device.type == "cuda", world_size)
         inside = [len(self._documents(*bounds)) + 1 for bounds in self._slices()]
         self.boundaries = boundaries(self.slice, max(inside))
 
@@ -182,6 +192,11 @@ class ValBatches:
     def __len__(self) -> int:
         """Slices of this rank."""
         return len(self._slices()[self.rank :: self.world_size])
+
+    @property
+    def rounds(self) -> int:
+        """The most slices that any rank has."""
+        return -(-len(self._slices()) // self.world_size)
 
     def _slices(self) -> list[tuple[int, int]]:
         return [
@@ -256,11 +271,12 @@ def sign_rows(tokens: np.ndarray, rows: int) -> np.ndarray:
 class _Packer:
     """Tokens into a Batch, in page-locked memory when a GPU is to fetch it."""
 
-    def __init__(self, config: Config, pinned: bool) -> None:
+    def __init__(self, config: Config, pinned: bool, world_size: int = 1) -> None:
         size = layer_plan.size(config)
-        self.pinned, self.vocabulary = pinned, size.padded_vocab
-        self.bigram_rows = size.bigram_rows if config.bigram else 0
-        self.sign_rows = size.sign_rows if config.bigram and config.bigram_signs else 0
+        self.pinned, self.vocabulary, self.several = pinned, size.padded_vocab, world_size > 1
+        self.bigram_rows, self.table_rows = layer_plan.bigram_rows(config), layer_plan.table_rows(config)
+        self.sign_rows = size.sign_rows if self.bigram_rows and config.bigram_signs else 0
+        self.gram_signs = size.sign_rows
 
     def pack(
         self,
@@ -298,13 +314,25 @@ class _Packer:
             )
             if sampled[0]
             else None,
+            **self._grams(inputs),
         )
+
+    def _grams(self, inputs: np.ndarray) -> dict[str, Tensor]:
+        """The fields of a batch about the table of n-grams."""
+        if not self.table_rows:
+            return {}
+        rows = gram_rows(inputs, self.table_rows)
+        found = {"gram_rows": rows, "gram_signs": gram_signs(inputs, self.gram_signs)}
+        if self.several:
+            wanted, places = np.unique(rows, return_inverse=True)
+            found |= {"gram_wanted": wanted, "gram_places": places.reshape(rows.shape)}
+        return {name: self._tensor(values, torch.int32) for name, values in found.items()}
 
     def _runs(self, ids: np.ndarray) -> Runs:
         return Runs(*(self._tensor(part, torch.int32) for part in runs_of(ids)))
 
     def _tensor(self, values: np.ndarray, dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(len(values), dtype=dtype, pin_memory=self.pinned)
+        tensor = torch.empty(values.shape, dtype=dtype, pin_memory=self.pinned)
         tensor.numpy()[:] = values
         return tensor
 

@@ -2,8 +2,8 @@
 
 argv -> preset -> `Config` (frozen) -> `resolve(world_size)` -> `Plan`, which is printed and logged. Standard library
 only. Sizes and stages are data by recipe (`layer_plan.SIZES`, `schedule.STAGES`); each technique of the record is one
-switch here, true in the record. A technique that another one carries goes with it: without `bigram` there are no
-signs either, without `mudd` no groups; without `short_documents` all stages cut documents where the last one does.
+switch here, true in the record. A technique that another one carries goes with it: without `bigram` there are neither
+n-grams nor signs, without `mudd` no groups; without `short_documents` all stages cut documents where the last one does.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,11 @@ from nanogpt.common.machine import check_device, refuse_unknown_home
 PRESETS = Path(__file__).resolve().parent / "presets"
 WORLD_SIZES = (1, 2, 4, 8)
 LANES = 8  # as many as the record has GPUs
+LEAST_ROWS, MOST_ROWS, ROW_MULTIPLE = (
+    64,
+    1 << 30,
+    16,
+)  # of the n-gram table: two halves, equal shares of 8 ranks
 CHANGED_WORDS = {"config", "data", "torch"}
 
 # What a resumed run may change: nothing that decides what is computed (how exactly it is rounded may differ).
@@ -25,7 +30,7 @@ FREE = frozenset(
         "out_dir", "data_root", "init_from", "auto_resume", "overwrite", "accept_changed", "new_source",
         "check",
         "eval_interval", "eval_tokens", "eval_slice", "target_loss", "save_interval", "save_minutes",
-        "keep_checkpoints", "log_interval", "wandb_log", "wandb_project", "wandb_run_name",
+        "keep_checkpoints", "save_table", "log_interval", "wandb_log", "wandb_project", "wandb_run_name",
         "device", "attention", "compile", "backend", "deterministic", "num_threads", "warmup", "memory_gib",
         "compile_cache", "capture", "runs",
     ]
@@ -98,8 +103,12 @@ class Config:
     half_rope: bool = knob(True, "rotary positions on half of each head only")
     yarn: bool = knob(True, "rotary frequencies move when the windows widen")
     value_embeds: bool = knob(True, "token embeddings added to attention values")
-    bigram: bool = knob(True, "hashed embedding of token pairs")
-    bigram_signs: bool = knob(True, "random signs let pairs share a row of it")
+    bigram: bool = knob(True, "hashed embedding of pairs of tokens, and of triples where there is the table")
+    table_rows: str = knob(
+        "auto", "rows of the table of hashed n-grams; auto: what the GPUs have room for, the record's 84,602,880 at "
+        "most; 0: record 89's bigram table instead",
+    )  # fmt: skip
+    bigram_signs: bool = knob(True, "random signs let pairs share a row of the bigram table")
     smear: bool = knob(True, "each embedding takes a little of the one before")
     attention_gates: bool = knob(True, "gates on the heads of the long layers")
     cached_attention: bool = knob(True, "the last layers attend from one earlier residual")
@@ -145,6 +154,9 @@ class Config:
         15.0, "most minutes of work that a lost machine may cost; 0: no limit", low=0.0, high=1e6
     )
     keep_checkpoints: int = knob(2, "checkpoints kept", low=1, high=1000)
+    save_table: bool = knob(
+        False, "checkpoints hold the table of n-grams whatever its size; else up to 2,000,000 rows"
+    )
     wandb_log: bool = knob(False, "also log to Weights & Biases (WANDB_MODE=offline works)")
     wandb_project: str = knob("engaging-nanogpt", "Weights & Biases project")
     wandb_run_name: str = knob("", "Weights & Biases run name; default: the name of out_dir")
@@ -193,6 +205,7 @@ class Config:
         _check_paths(self)
         _check_device(self)
         layer_plan.check(self)
+        _check_table(self)
         _check_techniques(self)
         _check_steps(self)
         _check_lanes(self)
@@ -320,3 +333,23 @@ def _check_lanes(config: Config) -> None:
                 f"--lanes={lanes}: stage {stage.name}'s {stage.batch_tokens:,} tokens do not divide into {lanes} lanes "
                 f"of a multiple of {multiple} tokens; --lanes=8, 16 or 32 do"
             )
+
+
+def _check_table(config: Config) -> None:
+    text = config.table_rows
+    if text == "auto":
+        return
+    if not (text.isascii() and text.isdigit() and len(text) < 11):
+        raise UserError(f"--table_rows={text}: expected auto or a number of rows")
+    rows = int(text)
+    if rows and not layer_plan.SIZES[config.recipe].table_rows:
+        raise UserError(
+            f"--table_rows={text}: --recipe={config.recipe} has no table of n-grams; leave it away, or start from the "
+            "preset record"
+        )
+    if rows and not (LEAST_ROWS <= rows <= MOST_ROWS and rows % ROW_MULTIPLE == 0):
+        near = min(MOST_ROWS, max(LEAST_ROWS, round(rows / ROW_MULTIPLE) * ROW_MULTIPLE))
+        raise UserError(
+            f"--table_rows={text}: expected 0, or a multiple of {ROW_MULTIPLE} from {LEAST_ROWS} to {MOST_ROWS:,}; "
+            f"--table_rows={near}"
+        )

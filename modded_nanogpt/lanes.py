@@ -21,6 +21,7 @@ from modded_nanogpt.fast.capture import Recorder
 from modded_nanogpt.kernels.cross_entropy import eval_losses
 from modded_nanogpt.kernels.reference.cross_entropy import soft_cap
 from modded_nanogpt.model import Rows, SpeedrunModel
+from modded_nanogpt.optim.row_table import RowTable
 from modded_nanogpt.optim.sharded import Optimizer
 from modded_nanogpt.schedule import StepPlan
 from modded_nanogpt.tables import add_gradients, look_up
@@ -48,6 +49,7 @@ class State:
     allowed: Tensor | None  # (V, V / 8) uint8: `vocabulary.canonical_table`
     fp8_start: dict[str, Tensor] | None  # the scales of step 0
     fp8_why: str  # the choice of 8-bit products in words
+    table: RowTable | None = None  # of n-grams; updated by the optimizer
     recorder: Recorder | None = None  # None: lanes are called, not replayed
     sums: list[Tensor] = field(
         default_factory=list
@@ -92,17 +94,20 @@ def train_lane(state: State, ranks: Ranks, batch: Batch, step: StepPlan) -> Tens
     """Forward and backward of one lane; the sum of its losses, a float32 scalar on the device."""
     if batch.bigram_rows_cpu is not None:
         state.optimizer.touch("bigram", batch.bigram_rows_cpu)
+    if state.table is not None:
+        state.table.fetch(batch)
     if state.recorder is not None:
         given = _given(batch, step, ranks.device)
         loss, of_head, *gradients = state.recorder.replay(lane_key(batch, step), given)
         of_rows, of_parameters = gradients[: len(Rows._fields)], gradients[len(Rows._fields) :]
         _add_up(state, of_parameters)
-        add_gradients(state.model, batch, Rows(*of_rows), of_head, step.tied)
+        add_gradients(state.model, state.table, batch, Rows(*of_rows), of_head, step.tied)
         return loss.clone()  # the next replay overwrites it
     loss, rows, scored = _forward(state, ranks, batch, step, _loss_weights(step, ranks.device))
     (loss * loss_scale(ranks)).backward()
     gradients = Rows(*(None if part is None else part.grad for part in rows))
-    add_gradients(state.model, batch, gradients, None if scored is None else scored.grad, step.tied)
+    of_head = None if scored is None else scored.grad
+    add_gradients(state.model, state.table, batch, gradients, of_head, step.tied)
     return loss.detach()
 
 
@@ -114,7 +119,7 @@ def _forward(
     weights: of the loss, (mtp (3,), prefix (1,)) float32.
     """
     model = state.model
-    rows = look_up(model, batch, step.tied, train=True)
+    rows = look_up(model, state.table, batch, step.tied, train=True)
     x = state.train_graph(*train_arguments(state, batch, rows, step))
     scored = None if batch.candidates is None else model.head.detach()[batch.candidates].requires_grad_()
     loss = losses.train_loss(
@@ -145,6 +150,8 @@ def record_lane(state: State, recorder: Recorder, ranks: Ranks, batch: Batch, st
     """Make the graph of all lanes with the key of this one, which has been called before: it compiles nothing."""
     if not state.sums:
         state.sums = [torch.empty_like(parameter) for parameter in _with_gradient(state)]
+    if state.table is not None:
+        state.table.fetch(batch)
 
     def body(given: list[Tensor | None]) -> list[Tensor | None]:
         *tensors, mtp, prefix = given
@@ -164,6 +171,8 @@ def lasting_tensors(state: State) -> Iterator[tuple[str, Tensor]]:
     yield from state.model.named_buffers()
     if state.prefix_table is not None:
         yield "prefix table", state.prefix_table
+    if state.table is not None:
+        yield from state.table.lasting()
     if state.model.fp8 is not None:
         yield from state.model.fp8.lasting()
 
@@ -175,7 +184,10 @@ def _with_gradient(state: State) -> list[torch.nn.Parameter]:
 
 
 # The fields of a batch that a lane's graph reads.
-BATCH_INPUTS = ("inputs", "targets", "cu_seqlens", "bigram_rows", "sign_rows", "candidates")
+BATCH_INPUTS = (
+    "inputs", "targets", "cu_seqlens", "bigram_rows", "sign_rows", "candidates", "gram_rows", "gram_signs",
+    "gram_places",
+)  # fmt: skip
 
 
 def _given(batch: Batch, step: StepPlan, device: torch.device) -> list[Tensor | None]:
@@ -221,7 +233,9 @@ def _loss_weights(step: StepPlan, device: torch.device) -> tuple[Tensor, Tensor]
 @torch.no_grad()
 def eval_lane(state: State, batch: Batch, tied: bool, windows: tuple[int, int]) -> Tensor:
     """The loss of every token of the lane (T,) float32."""
-    rows = look_up(state.model, batch, tied, train=False)
+    if state.table is not None:
+        state.table.fetch(batch)
+    rows = look_up(state.model, state.table, batch, tied, train=False)
     return state.eval_graph(
         state.model, rows, batch.sign_rows, batch.targets, batch.cu_seqlens, batch.max_document,
         *_windows(*windows), state.allowed, batch.inputs,
@@ -231,7 +245,7 @@ def eval_lane(state: State, batch: Batch, tied: bool, windows: tuple[int, int]) 
 @torch.no_grad()
 def next_logits(state: State, batch: Batch, place: int, tied: bool, windows: tuple[int, int]) -> Tensor:
     """(V,) float32: the capped logits of the token after input `place`, for sampling."""
-    model, rows = state.model, look_up(state.model, batch, tied, train=False)
+    model, rows = state.model, look_up(state.model, state.table, batch, tied, train=False)
     documents = _documents(batch.cu_seqlens, batch.inputs.numel(), batch.max_document)
     x = model(rows, batch.sign_rows, documents, _windows(*windows), False)[place]
     return soft_cap((model.head @ x).float(), losses.softcap(model.config))
@@ -252,5 +266,10 @@ def evaluate(
         hang.beat()
         found = eval_lane(state, batch, step.tied, windows)
         total += torch.stack([found[:count].double().sum(), total.new_tensor(float(count))])
+    if state.table is not None:
+        for _ in range(
+            batches.rounds - len(batches)
+        ):  # ranks that still have a slice want rows of this one's
+            state.table.fetch_rows(None)
     ranks.sum(total)
     return (total[0] / total[1]).item()

@@ -31,6 +31,9 @@ class Size:
     vocab: int = 50_257
     padded_vocab: int = 50_304
     bigram_rows: int = 0  # of the bigram hash table; the last one stands for "no previous token"
+    table_rows: int = (
+        0  # of the table of hashed n-grams, which takes its place; with --table_rows=auto at most
+    )
     sign_rows: int = 0  # of the table of random signs
     value_tables: int = 5
     mudd_groups: int = 1  # of channels, whose sums at the end of the network have weights of their own
@@ -40,18 +43,19 @@ class Size:
     make: str = "record"
 
 
+# fmt: off
 SIZES: dict[str, Size] = {
-    "record": Size(
-        11, 768, 6, 128, 2816, bigram_rows=377_280, sign_rows=8192, value_tables=4, mudd_groups=12
-    ),
+    "record": Size(11, 768, 6, 128, 2816, bigram_rows=377_280, table_rows=84_602_880, sign_rows=8192, value_tables=4,
+                   mudd_groups=12),
     "record89": Size(11, 768, 6, 128, 3072, bigram_rows=377_280, sign_rows=8192, make="record89"),
     "snapshot": Size(11, 768, 6, 128, 3072, bigram_rows=251_520, make="snapshot"),
     "medium": Size(16, 1024, 8, 128, 4096, gate_dims=16, make="medium"),
-    "tiny": Size(11, 96, 6, 16, 352, bigram_rows=4096, sign_rows=64, value_tables=4, mudd_groups=12),
+    "tiny": Size(11, 96, 6, 16, 352, bigram_rows=4096, table_rows=8192, sign_rows=64, value_tables=4, mudd_groups=12),
     "tiny_record89": Size(11, 96, 6, 16, 384, bigram_rows=4096, sign_rows=64, make="record89"),
     "tiny_snapshot": Size(11, 96, 6, 16, 384, bigram_rows=4096, make="snapshot"),
     "tiny_medium": Size(16, 64, 4, 16, 256, gate_dims=16, make="medium"),
 }
+# fmt: on
 CPU_RECIPES = tuple(name for name in SIZES if name.startswith("tiny"))  # small enough to train without a GPU
 
 # Techniques that a make has no place for; its preset switches them off, and switching one on is refused.
@@ -202,6 +206,18 @@ def size(config: "Config") -> Size:
         return found
     padded = math.ceil(config.vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     return replace(found, vocab=config.vocab_size, padded_vocab=padded)
+
+
+def table_rows(config: "Config") -> int:
+    """Rows of the table of hashed n-grams; 0: there is none. `auto` is the recipe's, until `table_plan` settles it."""
+    if not config.bigram:
+        return 0
+    return SIZES[config.recipe].table_rows if config.table_rows == "auto" else int(config.table_rows)
+
+
+def bigram_rows(config: "Config") -> int:
+    """Rows of the bigram table, a parameter of the model; 0: there is none, or the table of n-grams has its place."""
+    return 0 if table_rows(config) or not config.bigram else SIZES[config.recipe].bigram_rows
 
 
 def layers(config: "Config") -> tuple[Layer, ...]:

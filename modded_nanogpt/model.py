@@ -5,11 +5,11 @@ The plan of the layers is in `layer_plan`, what one attention layer does in `att
 other track's.
 
 Symbols: T tokens of the lane, d width, H heads, V padded vocabulary. x is the residual stream, x0 the normalised
-embedding, b the bigram embedding, c0, c3, c7, c9 the residual after those layers (c0: at the input of layer 0, c9: of
-layer 10). Sources: MUDD connections (Xiao et al. 2025, arXiv 2502.12170; record 81) and gates made the same way
-(record 85), widths, depth and grouped sums (records 90 and 92), DCMHA (arXiv 2405.08553; record 85), hash embeddings
-(arXiv 1709.03933; record 62) with random signs (record 83), value embeddings (arXiv 2410.17897), smear (record 34),
-backout (record 40).
+embedding, b the embedding of bigrams or n-grams, c0, c3, c7, c9 the residual after those layers (c0: at the input of
+layer 0, c9: of layer 10). Sources: MUDD connections (Xiao et al. 2025, arXiv 2502.12170; record 81) and gates made the
+same way (record 85), widths, depth and grouped sums (records 90 and 92), DCMHA (arXiv 2405.08553; record 85), hash
+embeddings (arXiv 1709.03933; record 62) with random signs (record 83), value embeddings (arXiv 2410.17897), smear
+(record 34), backout (record 40).
 """
 
 import math
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
     embed: Tensor  # (T, d)
     second: Tensor | None = None  # (T, d): of the second embedding, which the medium track has
     value: Tensor | None = None  # (tables, T, d)
-    bigram: Tensor | None = None  # (T, d)
+    bigram: Tensor | None = None  # (T, d): of the bigram table, or of the table of n-grams
 
 
 class SpeedrunModel(nn.Module):
@@ -76,7 +76,8 @@ class SpeedrunModel(nn.Module):
             self.register_parameter(
                 name, nn.Parameter(torch.empty(shape, dtype=kind or dtype, device=device))
             )
-        if config.bigram and config.bigram_signs:
+        self.signed_bigrams = bool(layer_plan.bigram_rows(config)) and config.bigram_signs
+        if self.signed_bigrams:
             signs = torch.empty(size.sign_rows, size.width, dtype=dtype, device=device)
             self.register_buffer("signs", signs, persistent=False)
         self.fp8: Fp8Mlp | None = None  # set by `setup` where the hardware has it
@@ -111,7 +112,7 @@ class SpeedrunModel(nn.Module):
             "residual_lambdas": ((n_layers, 2), wide),
             "scalars": ((2 * n_layers + 2,), wide),
         }
-        if config.bigram:
+        if layer_plan.bigram_rows(config):
             shapes["bigram"] = ((size.bigram_rows, d), None)
         if config.mudd:
             widths, sources = max(len(MUDD_OUTPUTS), len(self.end_sources)), len(self.end_sources)
@@ -192,7 +193,7 @@ class SpeedrunModel(nn.Module):
         """
         weights, bigram = self._attention_weights(), rows.bigram
         x0 = norm(self._smeared(rows.embed))
-        if bigram is not None and self.config.bigram_signs:
+        if bigram is not None and self.signed_bigrams:
             bigram = bigram * self.signs[sign_rows]
         gate = self._gate_values(PRE, x0)
         x = x0 if bigram is None else x0 + gate["bigram", 0] * bigram

@@ -122,7 +122,7 @@ def compile_graph(config: Config, graph: Graph, device: torch.device, world_size
             lanes.eval_lane(state, batch, True, schedule.final_window(config))
         else:
             step = schedule.at(config, graph.step)
-            rows = look_up(state.model, batch, step.tied, train=True)
+            rows = look_up(state.model, None, batch, step.tied, train=True)
             state.train_graph(*lanes.train_arguments(state, batch, rows, step))
     except _Compiled:
         return

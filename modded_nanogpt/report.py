@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from modded_nanogpt import layer_plan
+from modded_nanogpt import layer_plan, table_plan
 from modded_nanogpt.config import FREE, Config, Plan
 from modded_nanogpt.lanes import State
 from nanogpt.common import hardware
@@ -28,8 +28,11 @@ def describe(config: Config, plan: Plan, state: State, ranks: Ranks) -> list[str
     deciding = [field for field in dataclasses.fields(config) if field.name not in FREE]
     changed = [f"{field.name}={getattr(config, field.name)}" for field in deciding
                if getattr(config, field.name) != field.default]  # fmt: skip
+    if layer_plan.table_rows(config) == layer_plan.SIZES[config.recipe].table_rows:
+        changed = [text for text in changed if not text.startswith("table_rows=")]
     return [
         plan.describe(config),
+        *table_plan.describe(config, ranks.world_size, state.model.head.element_size()),
         f"{numbers / 1e6:,.1f} M parameters, {str(state.model.head.dtype).removeprefix('torch.')}; FP8: "
         f"{', '.join(in_fp8) or 'none'} ({state.fp8_why}); {hardware.describe(ranks.device)}; "
         f"torch {torch.__version__}; compiled: {str(state.compiled).lower()}",

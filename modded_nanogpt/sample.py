@@ -17,7 +17,7 @@ import dataclasses
 import typing
 from dataclasses import dataclass
 
-from modded_nanogpt import schedule
+from modded_nanogpt import layer_plan, schedule
 from modded_nanogpt.config import Config as RunConfig
 from nanogpt.common import checkpoint_names, rundir
 from nanogpt.common.errors import UserError, run_command
@@ -29,6 +29,7 @@ if typing.TYPE_CHECKING:
     from torch import Tensor
 
     from modded_nanogpt.lanes import State
+    from nanogpt.common.checkpoints import Checkpoint
     from nanogpt.common.ranks import Ranks
     from nanogpt.common.tokenizer import Tokenizer
 
@@ -77,20 +78,26 @@ def main(argv: list[str]) -> int:
     import torch
 
     from modded_nanogpt import setup
+    from modded_nanogpt.optim.row_table import RowTable
     from nanogpt.common import checkpoints, shards, tokenizer
     from nanogpt.common.ranks import Ranks, choose_device
 
-    root = shards.data_root(config.data_root or str(record["config"].get("data_root", "")))
-    words = tokenizer.make_tokenizer(record["tokens"], str(folder / "config.json"), root)
-    prompt = words.encode(config.start or words.default_start)
     checkpoint = checkpoints.choose(folder / "checkpoints", config.checkpoint, note)
     ranks = Ranks(0, 0, 1, choose_device(config.device, 0))
     known = {field.name for field in dataclasses.fields(RunConfig)}
     kept = {name: value for name, value in record["config"].items() if name in known}
+    kept.setdefault("table_rows", "0")  # a run of earlier code
     run_config = RunConfig(
         **{**kept, **PLAIN, "device": config.device, "attention": "auto", "backend": "auto"}
     )
+    table = read_table(checkpoint, run_config)
+    root = shards.data_root(config.data_root or str(record["config"].get("data_root", "")))
+    words = tokenizer.make_tokenizer(record["tokens"], str(folder / "config.json"), root)
+    prompt = words.encode(config.start or words.default_start)
     state = setup.build(run_config, ranks, compile_with="eager")
+    if table:
+        state.table = RowTable(run_config, ranks, state.model.head.dtype, learns=False)
+        state.table.load(table, str(checkpoint.path))
     try:
         state.model.init_weights(run_config.seed)  # for the random signs, which no checkpoint holds
         state.model.load_state_dict(checkpoint.tensors("model"), strict=True)
@@ -135,6 +142,18 @@ def read_record(folder: Path) -> dict:
             f"--out_dir={folder}: the run has no checkpoint; let it come to its end, or --save_interval"
         )
     return record
+
+
+def read_table(checkpoint: "Checkpoint", run_config: RunConfig) -> "dict[str, Tensor]":
+    """The table of n-grams of a checkpoint; empty for a model without one. UserError where it was left out."""
+    rows = layer_plan.table_rows(run_config)
+    table = checkpoint.tensors("table") if rows else {}
+    if rows and not table:
+        raise UserError(
+            f"{checkpoint.path}: leaves out the table of {rows:,} hashed n-grams, without which the model cannot "
+            "speak; a run keeps it with --save_table=true"
+        )
+    return table
 
 
 def show(

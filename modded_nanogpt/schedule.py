@@ -14,6 +14,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from modded_nanogpt import layer_plan
+
 if TYPE_CHECKING:
     from modded_nanogpt.config import Config
 
@@ -34,6 +36,11 @@ TWO_FROM, TWO_FAST, TWO_SHARE = 514 / 1194, 0.85, 0.4385
 # of the run after which all are scored in any case.
 SAMPLED_CLASSES = ((10_240,), (10_240,), (14_336, 14_336, 24_576))
 SAMPLED_UNTIL, SAMPLED_MULTIPLE, SAMPLED_MOST = 1107 / 1194, 2048, 28_672
+# Of the table of n-grams: updates are as frequent as Adam's up to this part of the run, and then half as frequent; with
+# the second moment's beta and the factor of the base weight decay for both.
+TABLE_OFTEN, TABLE_EARLY, TABLE_LATE = 336 / 1194, (0.95, 5.0), (0.9025, 10.0)
+# What a smaller table costs in loss, by halving, above so many rows and below; and what a step gains.
+TABLE_KNEE, TABLE_COST, STEP_GAIN = 21_150_720, (0.0027, 0.0053), 0.00025
 SMOKE_PART = 16  # --smoke trains on a sixteenth of each step's tokens
 EXACT_FP8_STEPS = 16  # the down-projection starts at 0 and grows too fast for delayed scales
 
@@ -211,11 +218,26 @@ class StepPlan:
     tied: bool  # the embedding is the head in this step, and is copied from it after the update
     untie: bool  # after this step's update the embedding gets a life of its own
     exact_fp8: bool  # the weight scales of the down-projections are taken from this step's weights
+    table: tuple[float, float] | None = None  # `table_event`
 
 
 def scheduled_steps(config: "Config") -> int:
     """Steps without the extension."""
-    return config.steps or STAGES[config.recipe].steps
+    return config.steps or STAGES[config.recipe].steps + table_steps(config)
+
+
+def table_steps(config: "Config") -> int:
+    """Further steps that make up for a table with fewer rows than the record's; none for a model that has none.
+
+    The record's authors measured the losses with 84.6, 21.2 and 0.4 M rows, two runs each; a step's gain is theirs too.
+    """
+    usual, rows = layer_plan.SIZES[config.recipe].table_rows, layer_plan.table_rows(config)
+    if config.recipe in layer_plan.CPU_RECIPES or not 0 < rows < usual:
+        return 0
+    knee = min(TABLE_KNEE, usual)
+    above, below = math.log2(usual / max(rows, knee)), math.log2(knee / min(rows, knee))
+    steps = (TABLE_COST[0] * above + TABLE_COST[1] * below) / STEP_GAIN
+    return 2 * math.ceil(steps / 2)  # even, so that updates of every second step stay where they are
 
 
 def total_steps(config: "Config") -> int:
@@ -259,6 +281,7 @@ def at(config: "Config", step: int) -> StepPlan:
         tied=config.embedding != "untied" and (untie_step is None or step <= untie_step),
         untie=step == untie_step,
         exact_fp8=step < EXACT_FP8_STEPS,
+        table=table_event(config, step),
     )
 
 
@@ -311,6 +334,27 @@ def sampled_classes(config: "Config", step: int) -> int:
 def is_adam_step(config: "Config", step: int) -> bool:
     """Whether Adam updates at `step`: the odd steps when `adam_every` is 2."""
     return step % config.adam_every == config.adam_every - 1
+
+
+def table_event(config: "Config", step: int) -> tuple[float, float] | None:
+    """(beta of the second moment, factor of the weight decay) where `step` updates the table of n-grams, else None."""
+    if not layer_plan.table_rows(config):
+        return None
+    early = step < _table_turn(config)
+    every = config.adam_every if early else 2 * config.adam_every
+    return (TABLE_EARLY if early else TABLE_LATE) if step % every == every - 1 else None
+
+
+def table_events(config: "Config") -> tuple[int, int]:
+    """(how many of the first kind, how many in all) updates of the table of n-grams the run has."""
+    turn, every = _table_turn(config), config.adam_every
+    early = turn // every
+    return early, early + total_steps(config) // (2 * every) - turn // (2 * every)
+
+
+def _table_turn(config: "Config") -> int:
+    """The step from which on the table is updated half as often."""
+    return int(TABLE_OFTEN * total_steps(config) + 1e-9)
 
 
 def untying_step(config: "Config") -> int | None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from modded_nanogpt import attention_backends, layer_plan, schedule
+from modded_nanogpt import attention_backends, layer_plan, schedule, table_plan
 from modded_nanogpt.batches import TrainBatches, ValBatches
 from modded_nanogpt.clock import Clock
 from modded_nanogpt.compile_cache import CompileCache, environment
@@ -34,6 +34,7 @@ from modded_nanogpt.lanes import (
 )
 from modded_nanogpt.model import SpeedrunModel
 from modded_nanogpt.model_medium import MediumModel, SnapshotModel
+from modded_nanogpt.optim.row_table import RowTable
 from modded_nanogpt.optim.sharded import Optimizer
 from modded_nanogpt.precompile import Ahead, Graph, graphs, worth_it
 from modded_nanogpt.report import describe
@@ -41,6 +42,7 @@ from nanogpt.common.errors import NonFiniteError, UserError
 from nanogpt.common.ranks import Ranks
 from nanogpt.common.rundir import RunDir
 from nanogpt.common.shards import TokenSet, data_root
+from nanogpt.common.storage import check_room
 from nanogpt.common.training import checked_tokens, latest_checkpoint, repeat_exactly, write_checkpoint
 
 # By `layer_plan.Size.make`.
@@ -84,6 +86,7 @@ def prepare(run: RunDir, config: Config, ranks: Ranks, before: Prepared | None) 
     state = build(config, ranks)
     for line in describe(config, plan, state, ranks):
         run.say(line)
+    _check_space(config, state, run, ranks)
     if config.warmup:
         warm_up(config, state, ranks, batches, val_batches, run.say, ahead)
 
@@ -92,6 +95,26 @@ def prepare(run: RunDir, config: Config, ranks: Ranks, before: Prepared | None) 
             caches.keep(graphs_key(config, needed))
 
     return Prepared(state, batches, val_batches, token_set, keep_caches)
+
+
+def _check_space(config: Config, state: State, run: RunDir, ranks: Ranks) -> None:
+    """Say how large checkpoints are. StorageError when the disk has no room for one."""
+    last = sum(tensor.numel() * tensor.element_size() for tensor in state.model.parameters())
+    table = "" if state.table is None else ", without the table of n-grams (--save_table=true keeps it)"
+    if state.table is not None and table_plan.is_saved(config):
+        last += ranks.world_size * table_plan.share_bytes(
+            config, ranks.world_size, state.model.head.element_size()
+        )
+        table = ", with the table of n-grams"
+    sizes = state.optimizer.sizes
+    whole = last + ranks.world_size * sum(size for name, size in sizes.items() if name != "n-gram table")
+    if table_plan.is_saved(config):
+        run.say(f"a checkpoint takes {whole / 2**30:.2f} GiB, the last one {last / 2**30:.2f} GiB{table}")
+    else:
+        run.say(f"no checkpoint before the last one, which takes {last / 2**30:.2f} GiB{table}")
+    with ranks.main_only():
+        if ranks.is_main:
+            check_room(run.folder, whole if table_plan.is_saved(config) else last)
 
 
 def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor") -> State:
@@ -110,9 +133,10 @@ def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor
     backend = attention_backends.choose(config.attention, device, dtype)
     low_precision = fp8.choose(config.fp8, device)
     model = MODELS[layer_plan.size(config).make](config, backend, device, dtype)
-    optimizer = None
+    optimizer = table = None
     if compile_with == "inductor":
-        optimizer = Optimizer(dict(model.named_parameters()), config, ranks, device)
+        table = RowTable(config, ranks, dtype) if layer_plan.table_rows(config) else None
+        optimizer = Optimizer(dict(model.named_parameters()), config, ranks, device, table)
     if low_precision.mlp and (config.fp8_up or config.fp8_down):
         backward = config.fp8_up and config.fp8_down and config.fp8_backward
         model.fp8 = Fp8Mlp(model.mlp_bank, config.fp8_up, config.fp8_down, backward)
@@ -131,7 +155,7 @@ def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor
     return State(
         model, optimizer, train_graph, eval_graph, backend, low_precision.head and config.fp8_head,
         model.fp8 is not None, compiled, *_vocabulary_tables(config, model, device), model.fp8 and model.fp8.tensors(),
-        low_precision.why,
+        low_precision.why, table,
     )  # fmt: skip
 
 
@@ -240,7 +264,8 @@ def warm_up(
             ahead.wait(graph)
         step, batch = schedule.at(config, graph.step), batches.get(graph.step, 0)
         for adam, tied, untie in ((False, True, False), (True, True, True), (True, False, False)):
-            kind = dataclasses.replace(step, adam=adam, tied=tied, untie=untie)
+            table = schedule.TABLE_EARLY if adam and state.table is not None else None
+            kind = dataclasses.replace(step, adam=adam, tied=tied, untie=untie, table=table)
             train_lane(state, ranks, batch, kind)
             state.optimizer.step(kind)
             refresh_fp8(state, ranks, kind.exact_fp8)
@@ -252,6 +277,8 @@ def warm_up(
         if (step.batch_tokens, step.classes) not in sizes:
             sizes.add((step.batch_tokens, step.classes))
             train_lane(state, ranks, batches.get(step.step, 0), step)
+            if state.table is not None:
+                state.table.forget()
     state.optimizer.reset()
     _randomize(state, config.seed)  # after a dozen steps at any rate a backward pass may overflow
     record_graphs(config, state, ranks, batches, say)
@@ -260,6 +287,9 @@ def warm_up(
     for batch, _ in val_batches:
         eval_lane(state, batch, True, schedule.final_window(config))
         break
+    else:
+        if state.table is not None:  # other ranks want rows of this one's
+            state.table.fetch_rows(None)
     state.optimizer.reset()
     batches.restart()
     ranks.wait()
@@ -283,6 +313,8 @@ def start_or_resume(config: Config, state: State, run: RunDir, ranks: Ranks, bat
         saved, optimizer = checkpoint.state, checkpoint.tensors("optimizer")
         if optimizer:
             state.optimizer.load(optimizer, str(checkpoint.path))
+            if state.table is not None:
+                state.table.load(checkpoint.tensors("table"), str(checkpoint.path))
         elif saved["step"] < schedule.total_steps(config):
             raise UserError(
                 f"{checkpoint.path}: the end of a shorter run, saved without the optimizer's state; to train longer, "
@@ -294,6 +326,8 @@ def start_or_resume(config: Config, state: State, run: RunDir, ranks: Ranks, bat
         if changed:
             run.say(f"note: {changed}")
         run.say(f"attempt {run.attempt}: resumed from {checkpoint.path.name}")
+    elif run.attempt > 1:
+        run.say(f"attempt {run.attempt}: no checkpoint was saved; the run starts again from its seed")
     step = state.progress["step"]
     state.model.rotary.follow(list(schedule.yarn_windows(config, max(0, step - 1))))
     if state.fp8_mlp:  # scales are part of the state: the losses depend on them
@@ -324,6 +358,8 @@ def save(
     parts = {"model": dict(state.model.named_parameters()), "optimizer": optimizer}
     if state.fp8_mlp:
         parts["fp8"] = state.model.fp8.tensors()
+    if state.table is not None and table_plan.is_saved(config):
+        parts["table"] = state.table.tensors()
     with ranks.main_only():
         if ranks.is_main:
             _write(config, state, run, parts, batches.state())
@@ -351,7 +387,9 @@ def _write(
 
 
 def save_is_due(config: Config, step: int, clock: Clock) -> bool:
-    """Whether rank 0 wants a checkpoint after `step` steps: by their number, or by the clock."""
+    """Whether rank 0 wants a checkpoint after `step` steps: by their number, or by the clock; never a useless one."""
+    if not table_plan.is_saved(config):
+        return False
     by_step = bool(config.save_interval) and step % config.save_interval == 0
     by_clock = bool(config.save_minutes) and time.monotonic() - clock.saved > 60 * config.save_minutes
     if by_step or by_clock:

@@ -6,13 +6,18 @@
 import torch
 from torch import Tensor
 
+from modded_nanogpt import layer_plan
 from modded_nanogpt.batches import Batch
 from modded_nanogpt.kernels.embedding import add_rows_
 from modded_nanogpt.model import Rows, SpeedrunModel
+from modded_nanogpt.optim.row_table import RowTable
 
 
-def look_up(model: SpeedrunModel, batch: Batch, tied: bool, train: bool) -> Rows:
-    """The rows of the batch's tokens and bigrams; while `tied`, tokens are rows of the head."""
+def look_up(model: SpeedrunModel, table: RowTable | None, batch: Batch, tied: bool, train: bool) -> Rows:
+    """The rows of the batch's tokens, bigrams or n-grams; while `tied`, tokens are rows of the head.
+
+    table: of n-grams, which has fetched what the batch needs; None where there is none, or nothing is computed.
+    """
     tokens = batch.inputs
     second, value, bigram = None, None, None
     with torch.no_grad():
@@ -23,6 +28,8 @@ def look_up(model: SpeedrunModel, batch: Batch, tied: bool, train: bool) -> Rows
             value = model.value_embeds.view(model.size.value_tables, model.size.padded_vocab, -1)[:, tokens]
         if hasattr(model, "bigram"):
             bigram = model.bigram[batch.bigram_rows]
+        elif layer_plan.table_rows(model.config):
+            bigram = torch.zeros_like(embed) if table is None else table.vectors(batch)
     found = Rows(embed, second, value, bigram)
     for rows in found:
         if rows is not None and train:
@@ -32,9 +39,11 @@ def look_up(model: SpeedrunModel, batch: Batch, tied: bool, train: bool) -> Rows
 
 @torch.no_grad()
 def add_gradients(
-    model: SpeedrunModel, batch: Batch, gradients: Rows, of_head: Tensor | None, tied: bool
-) -> None:
+    model: SpeedrunModel, table: RowTable | None, batch: Batch, gradients: Rows, of_head: Tensor | None, tied: bool
+) -> None:  # fmt: skip
     """Add the gradients of looked-up rows, and of the rows of the head that were scored, to those of the tables.
+
+    Those of n-grams wait in `table` for its next update.
 
     of_head: (P, d), of the rows `batch.candidates`; None where the whole head was scored.
 
@@ -48,7 +57,9 @@ def add_gradients(
     if gradients.value is not None:
         tables = _gradient(model.value_embeds).view(model.size.value_tables, model.size.padded_vocab, -1)
         add_rows_(tables, gradients.value.contiguous(), batch.token_runs)
-    if gradients.bigram is not None:
+    if table is not None:
+        table.keep(batch, gradients.bigram)
+    elif gradients.bigram is not None:
         add_rows_(_gradient(model.bigram), gradients.bigram, batch.bigram_runs)
 
 

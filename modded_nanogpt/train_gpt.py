@@ -23,14 +23,14 @@ import math
 import os
 import typing
 
-from modded_nanogpt import compile_cache, many_runs, schedule
+from modded_nanogpt import compile_cache, layer_plan, many_runs, schedule, table_plan
 from modded_nanogpt.config import FREE, PRESETS, Config, Plan, resolve
 from modded_nanogpt.layer_plan import CPU_RECIPES
 from nanogpt.common import compiler, rundir
 from nanogpt.common.errors import EXIT_INTERRUPTED, NonFiniteError, UserError, run_command
 from nanogpt.common.flags import flag_given, parse_values
 from nanogpt.common.launch import SMOKE_STEPS, Trainer, open_run, rank_zero_speaks, smoke_values
-from nanogpt.common.machine import has_nvidia_driver, world_size_from_environment
+from nanogpt.common.machine import gpu_memory, has_nvidia_driver, world_size_from_environment
 
 if typing.TYPE_CHECKING:
     from modded_nanogpt.setup import Prepared
@@ -49,8 +49,11 @@ def inspect(config: Config) -> tuple[Config, dict]:
     from nanogpt.common.shards import data_root, open_token_set, verify
     from nanogpt.common.tokenizer import tokens_of
 
-    plan = resolve(config, world_size_from_environment())
+    world_size = world_size_from_environment()
+    resolve(config, world_size)
     _refuse_missing_gpu(config)
+    config = table_plan.settle(config, world_size, _gpu_memory(config))
+    plan = resolve(config, world_size)
     root = data_root(config.data_root)
     token_set = open_token_set(config.dataset, root)
     data_plan = plan_data(token_set, config)
@@ -67,6 +70,8 @@ def inspect(config: Config) -> tuple[Config, dict]:
         verify(token_set)
     if config.check:
         print(plan.describe(config))
+        for line in table_plan.describe(config, world_size, itemsize=2 if has_nvidia_driver() else 4):
+            print(line)
         print(data_plan.describe(token_set, config))
     config = dataclasses.replace(config, data_root=str(root))
     details = {
@@ -99,6 +104,19 @@ def _refuse_missing_gpu(config: Config) -> None:
             f"--device={config.device}: this machine has no NVIDIA GPU, and --recipe={config.recipe} needs one; ask "
             f"SLURM for one, or try the preset that is made for CPUs: {PROG} tiny"
         )
+
+
+def _gpu_memory(config: Config) -> int | None:
+    """Bytes that each rank may use of its GPU; None without one. UserError when the table needs to know, and cannot."""
+    if config.device == "cpu" or not has_nvidia_driver() or not layer_plan.table_rows(config):
+        return None
+    found = gpu_memory()
+    if found is None and config.table_rows == "auto" and config.recipe not in CPU_RECIPES:
+        raise UserError(
+            "--table_rows=auto: nvidia-smi does not say how much memory the GPU has; give a number, such as "
+            "--table_rows=20000000"
+        )
+    return found if found is None or not config.memory_gib else min(found, int(config.memory_gib * 2**30))
 
 
 def main(argv: list[str], default_preset: str = "record") -> int:
@@ -206,6 +224,7 @@ def train(
         world_size=ranks.world_size,
     )
     saved_step = progress["step"] if state.resumed else -1
+    resumable = table_plan.is_saved(config)
     asked_to_stop, save_due, last_ms = False, False, progress["train_ms"]
 
     def save() -> None:
@@ -279,9 +298,10 @@ def train(
             )
             if not at_end:
                 clock.start()
-        # Between Adam's updates gradients are waiting, which several ranks would round in saving: not there.
-        whole = at_end or not state.optimizer.pending
-        if (save_due or asked_to_stop or at_end) and whole and saved_step != step and step > 0:
+        # Between updates gradients are waiting, which several ranks would round in saving: not there.
+        whole = at_end or not state.optimizer.pending or not resumable
+        wanted = at_end or ((save_due or asked_to_stop) and resumable)
+        if wanted and whole and saved_step != step and step > 0:
             look_back(everything=True)
             # A save in the middle of the run is timed like everything else.
             progress["train_ms"] = clock.now()
@@ -320,10 +340,12 @@ def train(
             run.say(line)
     else:
         by_file = f"rm {run.folder}/stop; " if stop.reason == "stop file" else ""
-        run.say(
-            f"stopped at step {step} ({stop.reason or 'another rank was asked to'}); checkpoint saved; go on with: "
-            f"{by_file}{PROG} --init_from=resume --out_dir={run.folder}"
-        )
+        again = "checkpoint saved; go on with:" if resumable else (
+            "nothing saved, since checkpoints leave out so large a table of n-grams without --save_table=true; the "
+            "same command starts again from step 0"
+        )  # fmt: skip
+        with_what = f" {by_file}{PROG} --init_from=resume --out_dir={run.folder}" if resumable else ""
+        run.say(f"stopped at step {step} ({stop.reason or 'another rank was asked to'}); {again}{with_what}")
     run.record(
         "end", step=step, status=status, val_loss=progress["val_loss"], train_ms=progress["train_ms"],
         target=plan.target_loss or None, target_met=bool(plan.target_loss) and progress["val_loss"] <= plan.target_loss,

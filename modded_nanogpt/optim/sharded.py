@@ -28,6 +28,7 @@ from modded_nanogpt.optim.averaging import Averages
 from modded_nanogpt.optim.exchange import Sharded, Whole
 from modded_nanogpt.optim.normuon import NorMuon
 from modded_nanogpt.optim.orthogonalize import NEWTON_SCHULZ, POLAR_EXPRESS, SIX_ROUNDS
+from modded_nanogpt.optim.row_table import RowTable
 from modded_nanogpt.optim.sparse import TouchedRows
 from modded_nanogpt.optim.table import REDUCE_ORDER, UPDATE_ORDER, Row, table
 from nanogpt.common.errors import UserError
@@ -59,15 +60,17 @@ class Optimizer:
 
     Make it before the model is compiled and before anything keeps views of the parameters: with several ranks, banks
     that do not divide move to larger memory. Tables whose rows get their gradients in place (`Row.lasting_gradient`)
-    have a gradient of zeros from here on; the trainer never touches `.grad` of any parameter itself.
+    have a gradient of zeros from here on; the trainer never touches `.grad` of any parameter itself. row_table: no
+    parameter; it is updated where the plan says so, and neither `tensors` nor `load` know it.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Parameter], config: "Config", ranks: Ranks, device: torch.device
-    ) -> None:
-        self.parameters, self.config, self.ranks = dict(parameters), config, ranks
+        self, parameters: Mapping[str, Parameter], config: "Config", ranks: Ranks, device: torch.device,
+        row_table: RowTable | None = None,
+    ) -> None:  # fmt: skip
+        self.parameters, self.config, self.ranks, self.row_table = dict(parameters), config, ranks, row_table
         self.compile = device.type == "cuda" and config.compile != "false"
-        self.pending = False  # whether gradients of Adam's parameters wait for the next Adam step
+        self.pending = False  # whether gradients of Adam's parameters, or of n-grams, wait for a later step
         self.rows = table(config, self.parameters)
         self.units = {name: self._unit(name, row) for name, row in self.rows.items() if row.spread != "whole"}
         small = {name: self.parameters[name] for name, row in self.rows.items() if row.spread == "whole"}
@@ -134,6 +137,8 @@ class Optimizer:
         for name in REDUCE_ORDER:
             if name in due:
                 due[name].exchange.launch_reduce()
+        if self.row_table is not None and plan.table is not None:
+            self.row_table.update(plan.table, plan.lr)
         for name in UPDATE_ORDER:
             if name in due:
                 self._update(due[name], plan)
@@ -146,6 +151,7 @@ class Optimizer:
         if plan.adam and plan.untie and tied:
             self.units["embed"].maths.adopt(self.units["head"].maths)
         self.pending = not plan.adam and any(unit.is_adam for unit in self.units.values())
+        self.pending |= self.row_table is not None and self.row_table.waiting > 0
         if self.averages is not None:
             self.averages.tick(plan.step)
 
@@ -187,6 +193,8 @@ class Optimizer:
             name: sum(tensor.numel() * tensor.element_size() for tensor in _state_tensors(unit))
             for name, unit in self.units.items()
         }
+        if self.row_table is not None:
+            found["n-gram table"] = self.row_table.bytes
         return found if self.averages is None else found | {"averages": self.averages.bytes}
 
     def reset(self) -> None:
@@ -202,6 +210,8 @@ class Optimizer:
         self.pending = False
         if self.averages is not None:
             self.averages.reset()
+        if self.row_table is not None:
+            self.row_table.reset()
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:

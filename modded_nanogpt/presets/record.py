@@ -1,4 +1,4 @@
-"""Track 1: GPT-2 on FineWeb to a validation loss of 3.28, as record 92 does it but for its table of hashed n-grams.
+"""Track 1: GPT-2 on FineWeb to a validation loss of 3.28, as record 92 does it.
 
 These are the defaults; copy it to change something.
 

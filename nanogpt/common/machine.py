@@ -1,6 +1,8 @@
 """What can be said about the machine and a command line's words for it before torch is imported. Standard library."""
 
 import os
+import shutil
+import subprocess
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -12,6 +14,22 @@ DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")  # the last is WSL's
 def has_nvidia_driver() -> bool:
     """Whether an NVIDIA driver is loaded here."""
     return any(Path(path).exists() for path in DRIVERS)
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the smallest GPU that this process may use, as nvidia-smi has it; None where it shows none."""
+    tool, chosen = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if tool is None or chosen in ("", "-1"):
+        return None
+    command = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            [*command, f"--id={chosen}"] if chosen else command, capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = [int(line) for line in done.stdout.split() if line.isdigit()]
+    return min(found) << 20 if found and not done.returncode else None
 
 
 def usable_cores() -> int:

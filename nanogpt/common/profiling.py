@@ -16,6 +16,7 @@ KINDS = (
     ("MLP with ReLU^2", ("relu_square",)),
     ("Muon's symmetric products", ("gram", "symmetric")),
     ("optimizer", ("adam", "multi_tensor", "lpnorm", "foreach")),
+    ("table of n-grams", ("look_up_kernel", "update_rows", "sum_entries")),
     ("rows gathered and scattered", ("add_rows", "sort", "radix", "index")),
     ("8-bit copies", ("quantise", "transpose")),
     (

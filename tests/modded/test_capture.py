@@ -52,7 +52,9 @@ def three_steps(state: lanes.State, ranks: Ranks, plans: list[schedule.StepPlan]
             batch = sampled(lane(2 * number + place), plan).to(ranks.device)
             losses.append(lanes.train_lane(state, ranks, batch, plan).item())
         state.optimizer.step(plan)
-    return losses, {name: weights.detach().clone() for name, weights in state.model.named_parameters()}
+    weights = {name: weights.detach().clone() for name, weights in state.model.named_parameters()}
+    assert state.table.rows.any()
+    return losses, weights | {"n-gram table": state.table.rows.clone()}
 
 
 def compare(device: str, recorder: type[Recorder], tolerance: float, *flags: str) -> None:
@@ -64,8 +66,8 @@ def compare(device: str, recorder: type[Recorder], tolerance: float, *flags: str
     wide = dataclasses.replace(first, long_window=64)
     plans = [
         dataclasses.replace(first, adam=False, classes=160),
-        dataclasses.replace(wide, adam=True, untie=True),
-        dataclasses.replace(wide, adam=True, tied=False),
+        dataclasses.replace(wide, adam=True, untie=True, table=schedule.TABLE_EARLY),
+        dataclasses.replace(wide, adam=True, tied=False, table=schedule.TABLE_LATE),
     ]
     losses, weights = three_steps(state, ranks, plans)
     made = recorder(ranks.device, partial(lanes.lasting_tensors, state))

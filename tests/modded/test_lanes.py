@@ -12,6 +12,7 @@ from modded_nanogpt import lanes, schedule, setup
 from modded_nanogpt.batches import Batch
 from modded_nanogpt.config import PRESETS, Config
 from modded_nanogpt.kernels.embedding import Runs, runs_of
+from modded_nanogpt.ngrams import gram_rows, gram_signs
 from nanogpt.common.flags import parse_values
 from nanogpt.common.ranks import Ranks
 
@@ -47,13 +48,24 @@ def lane(seed: int) -> Batch:
     )
     rows = torch.from_numpy(rng.integers(0, 4096, TOKENS)).int()
     runs = [Runs(*(torch.from_numpy(p).int() for p in runs_of(ids.numpy()))) for ids in (tokens[:-1], rows)]
-    return Batch(tokens[:-1].int(), tokens[1:], bounds.int(), rows, (rows % 64).int(), rows, *runs, TOKENS)
+    grams = [
+        torch.from_numpy(make(tokens[:-1].numpy(), size))
+        for make, size in ((gram_rows, 8192), (gram_signs, 64))
+    ]
+    both = dict(
+        zip(("gram_rows", "gram_signs"), grams, strict=True)
+    )  # each model takes what it has a table for
+    return Batch(
+        tokens[:-1].int(), tokens[1:], bounds.int(), rows, (rows % 64).int(), rows, *runs, TOKENS, **both
+    )
 
 
 def gradients(
     state: lanes.State, batch: Batch, step: schedule.StepPlan
 ) -> tuple[float, dict[str, torch.Tensor]]:
     state.optimizer.reset()
+    if state.table is not None:  # rows of zeros would hide a part of the graph
+        state.table.rows.normal_(generator=torch.Generator().manual_seed(3))
     loss = lanes.train_lane(state, ALONE, batch, step)
     return loss.item(), {
         name: p.grad.clone() for name, p in state.model.named_parameters() if p.grad is not None

@@ -33,7 +33,7 @@ def having(config: Config, field: str, value: object = True) -> list[int]:
 
 
 def test_the_records_layers():
-    """Section 2.1 of the specification of records 90 to 92, with one bigram table in the place of the n-grams."""
+    """Section 2.1 of the specification of records 90 to 92."""
     assert attention_layers(RECORD) == (0, 1, 2, 3, 5, 8, 10)
     assert [layer.bank for layer in layers(RECORD)] == [0, 1, 2, 3, None, 4, None, None, 5, None, 6]
     assert [layer.mlps for layer in layers(RECORD)] == [

@@ -10,6 +10,7 @@ import torch
 from modded_nanogpt import lanes, sample, schedule, setup
 from modded_nanogpt.batches import text_batch
 from modded_nanogpt.config import Config
+from nanogpt.common import checkpoints
 from nanogpt.common.errors import UserError
 from nanogpt.common.ranks import Ranks
 from nanogpt.data import small_sets
@@ -67,6 +68,16 @@ def test_logits_are_those_of_the_validation():
         torch.testing.assert_close(
             lanes.next_logits(state, alone, place, False, windows), logits, rtol=1e-4, atol=1e-4
         )
+
+
+def test_a_checkpoint_without_its_table_cannot_speak(tmp_path):
+    config = Config(recipe="tiny", vocab_size=512, prefix=False, sampled_softmax=False, device="cpu")
+    checkpoint = checkpoints.Checkpoint(tmp_path, 3, {})
+    with pytest.raises(
+        UserError, match=r"leaves out the table of 8,192 hashed n-grams, .* --save_table=true"
+    ):
+        sample.read_table(checkpoint, config)
+    assert sample.read_table(checkpoint, dataclasses.replace(config, table_rows="0")) == {}
 
 
 def test_choosing():

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modded_nanogpt import train_gpt
+from modded_nanogpt import sample, train_gpt
+from nanogpt.common.errors import UserError
 from nanogpt.common.machine import has_nvidia_driver
 from nanogpt.common.manifest import write_manifest
 from nanogpt.common.shards import write_shard
@@ -19,10 +20,10 @@ from tests.modded.forked import finished, launch
 from tests.modded.refusals import refused
 
 ROOT = Path(__file__).resolve().parents[2]
-VOCAB, EOT, STEPS = 512, 511, 7
+VOCAB, EOT, STEPS = 512, 511, 8
 HAS_GPU = has_nvidia_driver()
 FLAGS = (
-    "tiny", "--dataset=tiny", f"--vocab_size={VOCAB}", "--prefix=false", "--steps=6", "--extension_steps=1",
+    "tiny", "--dataset=tiny", f"--vocab_size={VOCAB}", "--prefix=false", "--steps=7", "--extension_steps=1",
     "--eval_interval=3", "--eval_tokens=2048", "--eval_slice=1024", "--warmup=false", "--num_threads=1",
     "--device=cpu",
 )  # fmt: skip
@@ -115,13 +116,13 @@ def test_it_learns_and_leaves_evidence(undisturbed):
 
 
 def test_killed_and_told_to_stop_it_resumes_exactly(data, fork, undisturbed, tmp_path):
-    """SIGKILL after the checkpoint of an even step, SIGTERM later on: every loss equals the undisturbed run's.
+    """SIGKILL after a checkpoint, SIGTERM later on: every loss equals the undisturbed run's.
 
     The first attempt is warmed up, which must change nothing; the last one is the command itself.
     """
     out = tmp_path / "run"
     (child,) = fork(out, "--save_interval=2", "--warmup=true")
-    wait_for(lambda: (out / "checkpoints" / "step_00000004").exists() or child.status is not None)
+    wait_for(lambda: (out / "checkpoints" / "step_00000002").exists() or child.status is not None)
     os.kill(child.pid, signal.SIGKILL)
     said, _ = finished([child], status=-signal.SIGKILL)
     assert "warm-up done" in said
@@ -170,6 +171,31 @@ def test_a_run_is_replayed_from_its_log_alone(data, undisturbed, tmp_path):
     assert losses(tmp_path / "again") == losses(undisturbed)
 
 
+@pytest.mark.campaign
+def test_a_run_that_leaves_out_its_table_starts_again(fork, tmp_path):
+    """Its checkpoints would be worth nothing: none is saved but the last, with which nobody can sample."""
+    out, flags = tmp_path / "run", ("--table_rows=2000016", "--save_interval=1", "--auto_resume=true")
+    (child,) = fork(out, *flags)
+    log = out / "metrics.jsonl"
+    wait_for(lambda: (log.exists() and records(out, "start")) or child.status is not None)
+    os.kill(child.pid, signal.SIGTERM)
+    said, _ = finished([child], status=75)
+    assert (
+        "no checkpoint before the last one" in said and "nothing saved, since checkpoints leave out" in said
+    )
+    assert not (out / "checkpoints").exists() or not list((out / "checkpoints").iterdir())
+    said, _ = finished(fork(out, *flags))
+    assert "attempt 2: no checkpoint was saved; the run starts again from its seed" in said
+    assert list(losses(out)) == list(range(STEPS)) and records(out, "end")[-1]["status"] == "finished"
+    (last,) = (out / "checkpoints").glob("step_*")
+    assert {path.name for path in last.glob("*.safetensors")} == {
+        "model.safetensors",
+        "optimizer.safetensors",
+    }
+    with pytest.raises(UserError, match=r"leaves out the table of 2,000,016 hashed n-grams"):
+        sample.main([f"--out_dir={out}", "--device=cpu", "--start=a"])
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_learns_as_on_a_cpu_and_stops_when_asked(data, undisturbed, tmp_path):
     """In bfloat16 and FP8, compiled and warmed up before the clock; other random weights than a CPU draws."""
@@ -204,6 +230,7 @@ def test_a_loss_that_is_no_number_stops_the_run(fork, tmp_path):
         (["--eval_tokens=4096"], "--eval_tokens=4096"),
         (["--lanes=12"], "--lanes=12"),
         (["--fp8=force"], "--fp8=force"),
+        (["--table_rows=17"], "--table_rows=64"),
         (["--attention=fa3"], "--attention=fa3"),
         pytest.param(["--device=cuda"], "--device=cuda", marks=pytest.mark.skipif(HAS_GPU, reason="has a GPU")),
         (["--xsaa=false"], "did you mean '--xsa'"),

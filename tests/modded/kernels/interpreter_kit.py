@@ -23,6 +23,7 @@ FILES = (
     "fp8",
     "linear",
     "mlp",
+    "row_table",
     "symmetric_matmul",
 )
 DTYPES = {

@@ -32,6 +32,9 @@ def test_table_gradients_are_measured_where_the_plain_twin_runs_too(no_gpu_neede
     monkeypatch.setattr(speedrun_kernels, "VOCABULARY", 64)
     rows = speedrun_kernels.table_rows(speedrun_kernels.table_cases, 32, torch.device("cpu"), None, rounds=1)
     assert rows[0]["ms"] == {"ours": 2.0, "twin": 2.0} and not rows[0]["faults"]
+    monkeypatch.setattr(speedrun_kernels, "GRAM_ROWS", 640)
+    rows = speedrun_kernels.table_rows(speedrun_kernels.gram_cases, 32, torch.device("cpu"), None, rounds=1)
+    assert len(rows) == 9 and not any(row["faults"] for row in rows)
 
 
 def test_a_backend_that_fails_leaves_the_others(no_gpu_needed, monkeypatch, capsys):

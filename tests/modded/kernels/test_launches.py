@@ -22,10 +22,13 @@ ROOT = Path(__file__).resolve().parents[3]
 # By capability: multiprocessors, and the bytes of shared memory that one program may have.
 GPUS = {80: (108, 166_912), 89: (142, 101_376), 90: (132, 232_448), 120: (188, 101_376)}
 # All but those of FP8 on an A100, and but the MLP's before Hopper.
-KERNELS = {80: 10, 89: 12, 90: 13, 120: 13}
+KERNELS = {80: 13, 89: 15, 90: 16, 120: 16}
 COMPOSITION = 4  # kernels, which only `make faults` compiles
 SPILLED = 1024  # bytes a thread; the least that was ever seen to matter is 6,000
-NO_PRODUCTS = {"_row_kernel", "_add_rows_kernel", "_quantise_kernel", "_transpose_kernel"}
+NO_PRODUCTS = {
+    "_row_kernel", "_add_rows_kernel", "_quantise_kernel", "_transpose_kernel", "_look_up_kernel",
+    "_update_rows_kernel", "_sum_entries_kernel",
+}  # fmt: skip
 
 
 class OnGpu(torch.Tensor):
@@ -155,12 +158,21 @@ def mlp(kind: str) -> None:
 
 
 def others(everything: bool) -> None:
-    """Gradients of tables, and Muon's products of all banks."""
-    from modded_nanogpt.kernels import embedding
+    """Gradients of tables, what the n-gram table does, and Muon's products of all banks."""
+    from modded_nanogpt.kernels import embedding, row_table
     from modded_nanogpt.kernels import symmetric_matmul as symmetric
 
     runs = embedding.Runs(*(on_gpu(size, dtype=torch.int32) for size in (100, 101, 1024)))
     embedding.add_rows_(on_gpu(5000, 768), on_gpu(1024, 768), runs)
+    rows, gradients, pool = on_gpu(5000, 768), on_gpu(1024, 768), on_gpu(64, 768, dtype=torch.int8)
+    ids = on_gpu(2, 1024, dtype=torch.int32)
+    row_table.look_up(rows, ids, pool, ids)
+    order = on_gpu(2048, dtype=torch.int64)
+    entries = row_table.Entries(ids.flatten(), order, gradients, ids.flatten(), pool)
+    second, log_kept = on_gpu(5000, dtype=torch.float32), on_gpu(9, dtype=torch.float64)
+    rates = row_table.Rates(3, 0.95, 0.1, 0.01, 1.0, 1e-10, True)
+    row_table.sum_entries(entries, 100)
+    row_table.update_rows_(rows, second, on_gpu(5000, dtype=torch.int32), log_kept, entries, rates)
     for shape in ((22, 3072, 768), (60, 256, 768), (20, 768, 768))[: 3 if everything else 1]:
         tall = shape[1] > shape[2]
         symmetric.polynomial(symmetric.gram(on_gpu(*shape), tall), 1.0, 2.0, 3.0)

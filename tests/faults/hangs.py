@@ -66,8 +66,8 @@ def complaint(witness: str, stuck: str, rank: int, named: float | None) -> str:
     first = next(line for line in (witness + stuck).splitlines() if line.startswith("hang: "))
     if not first.startswith(f"hang: rank {rank} of 2"):
         return f"the wrong rank is named: {first}"
-    if "in train\n" not in witness + stuck or "all_reduce" not in witness:
-        return f"no stacks: {witness[-500:]}"
+    if "in train\n" not in witness + stuck or "all_reduce" not in witness + stuck:
+        return f"no stacks: {(witness + stuck)[-500:]}"
     began = float(next(line.split()[1] for line in stuck.splitlines() if line.startswith("stuck: ")))
     return f"named after {named - began:.0f} s" if named - began > SOON_S else ""
 

@@ -3,13 +3,13 @@
     python benchmarks/simple_trainer.py --dataset=/path/of/tokens --seeds=3
     python benchmarks/simple_trainer.py --dataset=data/shakespeare_char --rehearse=true   # a tiny model on a CPU
     python benchmarks/simple_trainer.py --dataset=... --copy_to=$OUT/runs   # and a copy without weights, to take home
-    engaging report runs/adam runs/muon --title="Muon against Adam" --out=docs/example-report.html      # at home
+    engaging report runs/adam runs/muon --baseline=adam --title="Muon against Adam" --out=report.html       # at home
 
 Steps of 524,288 tokens, the learning rates falling over the last 7 of 10; Adam's matrices warm up for --adam_warmup
 steps. Both optimizers train on the same tokens in the same order and are validated on the whole validation text of the
 set. 72 steps of six runs read 37.7 M tokens and take about 8 minutes on an H100. Killed and started again, it goes on:
-finished runs are kept. The tokens a second are the median over all runs' steps but the first ten of each; the baseline
-of issue 1, `benchmarks/gpt2_training.py`, made 558,045 on an H100 in bfloat16.
+finished runs are kept. The tokens a second are the median over all runs' steps but the first ten of each; the
+baseline trainer, `benchmarks/gpt2_training.py`, made 558,045 on an H100 in bfloat16.
 """
 
 import json

@@ -277,6 +277,19 @@ def test_a_last_validation_that_breaks_costs_no_training(zygote, trainer, undist
     assert_same(tmp_path / "run", reference)
 
 
+def test_a_resume_begins_on_a_line_of_its_own(trainer, undisturbed, tmp_path):
+    """Case J2: a full disk or a lost node leaves half a line at the end of what is appended to."""
+    reference, folder = undisturbed(), tmp_path / "run"
+    assert trainer("--max_iters=10").status == 0
+    with (folder / "metrics.jsonl").open("a") as metrics, (folder / "log.txt").open("a") as log:
+        metrics.write('{"event": "train", "step": 10, "lo')
+        log.write("step 10/20: lo")
+    done = trainer("--auto_resume=true")
+    assert done.status == 0, done.stderr
+    assert_same(folder, reference)  # every line is JSON
+    assert "\nstep 10/20: lo\n" in (folder / "log.txt").read_text()
+
+
 # ---- two attempts at once
 
 

@@ -9,6 +9,7 @@ file, an ssh session and LANG=C, and it is one pin less.
 
 import io
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,10 @@ def read(path: Path) -> Run:
     run = read_run(path)
     if not run.train and not run.val:
         raise UserError(f"{path}: the run has written no loss yet; wait for its first step")
+    if run.skipped_lines:
+        number = run.skipped_lines
+        what = "1 line cannot be read and is" if number == 1 else f"{number} lines cannot be read and are"
+        print(f"note: {path / 'metrics.jsonl'}: {what} passed over", file=sys.stderr)
     return run
 
 

@@ -178,6 +178,7 @@ def sample(folder: Path, children: Children) -> None:
     command = [sys.executable, "-m", "nanogpt.sample", f"--out_dir={folder}", "--num_samples=1"]
     status = children.run([*command, f"--max_new_tokens={SAMPLE_TOKENS}"], cwd=ROOT)
     if status:
+        say(f"  no sample (status {status}); the trained model is saved: {shown(folder / 'checkpoints')}")
         raise SystemExit(status)
 
 

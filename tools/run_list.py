@@ -92,9 +92,9 @@ def _state(run: Run) -> str:
 
 
 def _title(folder: Path, several: bool) -> str:
-    """A run's name; where several folders are listed, with its folder's."""
-    name = folder.absolute().name
-    return printable(f"{folder.absolute().parent.name}/{name}" if several else name)
+    """A run's name; where several folders are listed, with its folder's, or its experiment's."""
+    *_, experiment, parent, name = ("", "", *folder.absolute().parts)
+    return printable(f"{experiment if parent == 'runs' else parent}/{name}" if several else name)
 
 
 def _changed(run: Run, other: Run | None, several: bool) -> str:

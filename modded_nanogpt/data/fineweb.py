@@ -9,7 +9,6 @@ bounded; interrupted at any moment, the next call goes on after the last complet
 --num_workers. The published tokens come quicker: cached_fineweb10B.py.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +20,9 @@ if __package__ in (None, ""):
         Path(__file__).resolve().parents[2]
     )  # the repository root, so that `import nanogpt` works
 
-from nanogpt.common.errors import UserError, run_command
+from nanogpt.common.errors import run_command
 from nanogpt.common.flags import knob, parse
+from nanogpt.data.making import SetFlags, tokenize_all
 
 if TYPE_CHECKING:
     from nanogpt.data.sources import Source
@@ -32,10 +32,9 @@ PROG = "modded_nanogpt/data/fineweb.py"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SetFlags):
     """The command line."""
 
-    data_root: str = knob("", "folder that holds the token sets (default $DATA_ROOT, else data/)")
     name: str = knob("fineweb", "name of the token set and its folder")
     repository: str = knob(
         "HuggingFaceFW/fineweb", "data set on the hub, in Parquet files with a text column"
@@ -44,18 +43,14 @@ class Config:
     files: str = knob("sample/10BT/*.parquet", "which files of it")
     text_files: str = knob("", "read these files instead: a glob pattern; *.parquet, or JSON lines")
     max_documents: int = knob(0, "stop after so many documents, 0: all", low=0)
-    shard_tokens: int = knob(100_000_000, "tokens in one shard", low=1024, high=1_000_000_000)
     val_tokens: int = knob(
         0, "tokens for validation, from the beginning; 0: one shard", low=0, high=1_000_000_000
     )
-    num_workers: int = knob(0, "threads that encode, 0: one a core", low=0, high=512)
 
 
 def main(argv: list[str]) -> None:
     """Make the set, go on making it, mend it, or say that it is there."""
     config = parse(Config, argv, prog=PROG, description=__doc__)
-    if not config.name or not config.name.replace("_", "").replace("-", "").isalnum():
-        raise UserError(f"--name={config.name!r}: expected letters, digits, _ and -")
     from nanogpt.common.shards import data_root, open_token_set
     from nanogpt.common.storage import make_folder
     from nanogpt.data.resume import recover
@@ -93,26 +88,11 @@ def main(argv: list[str]) -> None:
 
 def _make(config: Config, source: "Source", root: Path, shards: "ShardWriter") -> None:
     from nanogpt.common.gpt2_encoding import gpt2_encoding
-    from nanogpt.common.progress import Progress
-    from nanogpt.data.token_stream import AlreadyDone, encode_documents, tokenize
+    from nanogpt.data.token_stream import encode_documents
 
-    encoding = gpt2_encoding(root)
+    encode = partial(encode_documents, gpt2_encoding(root))
     total = source.total_bytes() if not config.max_documents else None
-    with Progress(f"tokenizing {config.name}") as bar:
-        try:
-            tokenize(
-                source,
-                partial(encode_documents, encoding),
-                shards,
-                workers=config.num_workers or len(os.sched_getaffinity(0)),
-                validates=lambda _: False,
-                max_documents=config.max_documents,
-                report=lambda chars, documents, tokens: bar.update(
-                    chars, total, f"{documents:,} documents, {tokens:,} tokens"
-                ),
-            )
-        except AlreadyDone:
-            print(f"{config.name}: another process has finished it meanwhile", flush=True)
+    tokenize_all(config, source, encode, shards, lambda _: False, total, config.max_documents)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def _open(trainer: Trainer, config: object, explicit: dict, folder: Path, argv: 
         _refuse_another(trainer, folder, stored, config)
     accepted = set(filter(None, config.accept_changed.split(",")))
     merged = _merge(trainer, stored, explicit, "config" in accepted)
-    if _says_finished(trainer, config, explicit, folder):
+    if _is_over(trainer, config, merged, folder):
         # What the disk refused to delete at the end.
         checkpoint_names.remove_leftovers(folder / "checkpoints")
         loss = rundir.last_end(folder).get("val_loss")
@@ -162,13 +162,20 @@ def _goes_on(config: object, folder: Path) -> bool:
 
 def _says_finished(trainer: Trainer, config: object, explicit: dict, folder: Path) -> bool:
     """Whether the command line means a run that has had all of its steps: the same answer on all ranks."""
-    if not _goes_on(config, folder) or getattr(config, "eval_only", False):
+    if not _goes_on(config, folder):
         return False
     try:
         accepted = "config" in config.accept_changed.split(",")
         merged = _merge(trainer, _stored(folder), explicit, accepted)
     except UserError:
         return False  # which rank 0 reports
+    return _is_over(trainer, config, merged, folder)
+
+
+def _is_over(trainer: Trainer, config: object, merged: object, folder: Path) -> bool:
+    """Whether the run in `folder` has had all the steps that `merged`, its configuration with our flags, asks for."""
+    if getattr(config, "eval_only", False):
+        return False
     end = rundir.last_end(folder)
     return bool(end) and end.get("status") == "finished" and int(end.get("step", 0)) >= trainer.steps(merged)
 

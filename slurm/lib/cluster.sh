@@ -14,13 +14,13 @@ site_file() { # the file of this cluster
 
 site_value() { # TABLE KEY: of the site file, lists as words; nothing when absent
     awk -v table="[$1]" -v key="$2" '
-        /^\[/ { inside = ($1 == table); next }
         { sub(/\r$/, "") } # a file that Windows has edited
+        /^\[/ { inside = ($1 == table); next }
         inside && $1 == key { sub(/^[^=]*= */, ""); sub(/ *#.*/, ""); gsub(/[]["]/, ""); gsub(/, */, " "); print }
     ' "$site"
 }
 
-site_partitions() { sed -n 's/^\[partitions\.\([A-Za-z0-9_.-]*\)\]$/\1/p' "$site"; }
+site_partitions() { sed -n 's/^\[partitions\.\([A-Za-z0-9_.-]*\)\][[:space:]]*$/\1/p' "$site"; }
 
 header_value() { # SCRIPT OPTION: of its #SBATCH lines
     sed -n "s/^#SBATCH --$2=\\([^ #]*\\).*/\\1/p" "$1" | head -n 1

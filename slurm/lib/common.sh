@@ -103,6 +103,14 @@ in_step() { # a task of `srun`; the batch script and an interactive shell have r
     [ -n "${SLURM_STEP_ID:-}" ] && [ -n "${SLURM_PROCID:-}" ] && [ "$SLURM_STEP_ID" -lt 4294967000 ]
 }
 
+forget_outer_step() { # sbatch in a step of another job (`srun --pty bash`) passes on what that step was told
+    local name
+    if ! in_job || [ -z "${SLURM_STEP_ID:-}" ] || [ "${RUN_STEP:-}" = "$SLURM_JOB_ID" ]; then return 0; fi
+    if in_step && [[ $(scontrol show step "$SLURM_JOB_ID.$SLURM_STEP_ID" 2>&1) != *"not found"* ]]; then return 0; fi
+    for name in $(compgen -v | grep -E '^SLURM_(STEP|CPU_BIND|MEM_BIND|TRES_BIND|DISTRIBUTION)'); do unset "$name"; done
+}
+forget_outer_step
+
 job_name() { # what requeue takes: an array's task, never the array
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
         echo "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"

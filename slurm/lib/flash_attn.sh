@@ -161,15 +161,15 @@ build_flash_attn() { # [--prebuilt | --fa2 | --fa3]
     if [[ $kind != fa2 && $architecture != 90 && $architecture != 80 ]]; then
         die "--$kind: FlashAttention 3 is for sm_80 and sm_90, this GPU is sm_$architecture; use --fa2"
     fi
+    versions=$(python -c 'import sys, torch
+print(torch.__version__.split("+")[0], torch.version.cuda or "none", "cp%d%d" % sys.version_info[:2])') ||
+        die "torch: does not import; run: bash setup_env.sh"
+    read -r torch cuda python <<<"$versions"
+    [ "$cuda" != none ] || die "torch $torch: a build without CUDA; FlashAttention needs one with it: bash setup_env.sh --cuda"
     if [ "$kind" = prebuilt ]; then
         install_prebuilt
     else
         if [ "$kind" = fa2 ] && [ "$architecture" -lt 90 ]; then architecture=80; fi # its code runs on 8.6 and 8.9 too
-        versions=$(python -c 'import sys, torch
-print(torch.__version__.split("+")[0], torch.version.cuda or "none", "cp%d%d" % sys.version_info[:2])') ||
-            die "torch: does not import; run: bash setup_env.sh"
-        read -r torch cuda python <<<"$versions"
-        [ "$cuda" != none ] || die "torch $torch: a build without CUDA; FlashAttention needs one with it"
         cache=${FLASH_ATTN_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/engaging-nanogpt/flash-attn}
         mkdir -p "$cache" || die "FLASH_ATTN_CACHE=$cache: cannot be made"
         key=$kind-$FA_VERSION-torch$torch-cu$cuda-$python-sm$architecture

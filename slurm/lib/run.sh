@@ -318,10 +318,17 @@ run_step() { # FOLDER: the trainer on all nodes, until it has ended; sets child_
 start_step() { # FOLDER: one task a node, in the background, so that this shell hears signals
     # The task takes all of the node's CPUs, memory and GPUs that the job has. Said in full, because an inner srun
     # inherits no CPUs from `sbatch --cpus-per-task` since 22.05, and takes the job's --cpus-per-gpu in its own way.
-    local nodes=${SLURM_JOB_NUM_NODES:-1} options cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}
+    # What a job that submitted this one has left in the environment (sbatch passes all of it on) is not asked for.
+    local nodes=${SLURM_JOB_NUM_NODES:-1} options cpus name
+    cpus=$(tr ',' '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-}}" | sed 's/(.*//' | sort -n | head -n 1)
     options=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 --wait=300)
     if [ -n "$cpus" ]; then options+=(--cpus-per-task="$cpus"); fi
-    RUN_FOLDER=$1 env -u SLURM_CPUS_PER_GPU -u SLURM_MEM_PER_GPU srun "${options[@]}" bash "$ROOT/slurm/lib/run.sh" "$trainer" ${words[@]+"${words[@]}"} &
+    (
+        for name in CPUS_PER_GPU CPUS_PER_TASK MEM_PER_GPU MEM_PER_NODE MEM_PER_CPU GPUS_PER_TASK NTASKS_PER_GPU; do
+            unset "SLURM_$name"
+        done
+        RUN_FOLDER=$1 RUN_STEP=$SLURM_JOB_ID exec srun "${options[@]}" bash "$ROOT/slurm/lib/run.sh" "$trainer" ${words[@]+"${words[@]}"}
+    ) &
     child=$!
 }
 

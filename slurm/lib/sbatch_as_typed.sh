@@ -144,11 +144,12 @@ main() {
         if [ -n "$filled" ]; then note "$filled"; fi
     fi
     wait_for_data
-    keep_code
-    if [ -z "$(said output)$(said chdir)" ] && [ "$PWD" != "$ROOT" ]; then
+    if [ -z "$(said output)$(said chdir)" ]; then
+        need_log_folder
+        if [ "$PWD" != "$ROOT" ]; then note "submitted from $ROOT, where its log goes"; fi
         cd "$ROOT" # where logs/ is
-        note "submitted from $ROOT, where its log goes"
     fi
+    keep_code
     submit_as_typed
 }
 

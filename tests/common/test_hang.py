@@ -126,7 +126,7 @@ def test_a_full_disk_does_not_matter(watch, monkeypatch):
     ("lock", "code in it keeps Python's lock; the others wait"),
 ])  # fmt: skip
 def test_a_rank_that_stops_is_named_with_its_stack(kind, said, zygote, tiny_data, tmp_path):
-    variables = {"STUCK": f"{kind} step 1", "HANG_LIMIT": "0.8"}
+    variables = {"STUCK": f"{kind} step 1", "HANG_LIMIT": "3"}
     children = launch(zygote, tiny_data, tmp_path, 2, module="tests.faults.stuck", **variables)
     try:
         end = time.monotonic() + 120

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,10 @@ from nanogpt.common import hang, ranks, tracking
 from tests.faults.zygote import command_of
 
 
-def break_off(kind: str) -> None:
-    """What a rank does that hangs or dies."""
+def break_off(kind: str, note: Path | None) -> None:
+    """What a rank does that hangs or dies; once `note`, its own for `hang.Watch`, says that it is here."""
+    while note and not (note.is_file() and "in break_off" in note.read_text()):
+        time.sleep(0.01)
     print(f"stuck: {time.time()}", file=sys.stderr, flush=True)
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -48,6 +51,8 @@ def main(argv: list[str]) -> int:
     kind, place, rank = os.environ["STUCK"].split()
     mine = kind != "no" and os.environ.get("RANK", "0") == rank
     counted: list[int] = []
+    run = next(Path(word.partition("=")[2]) for word in argv if word.startswith("--out_dir="))
+    note = run / hang.FOLDER / f"rank-{rank}.json" if kind in ("stop", "lock") and place == "step" else None
 
     def before(owner: object, name: str, time_to: Callable[..., bool]) -> None:
         whole = getattr(owner, name)
@@ -55,7 +60,7 @@ def main(argv: list[str]) -> int:
         def broken(*args: object, **options: object) -> object:
             counted.append(1)
             if mine and time_to(*args):
-                break_off(kind)
+                break_off(kind, note)
             return whole(*args, **options)
 
         setattr(owner, name, broken)

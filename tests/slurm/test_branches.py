@@ -345,8 +345,26 @@ def test_a_job_that_came_without_its_users_variables_says_so():
     assert "--export" not in common("check_environment", env={**job, "SLURM_EXPORT_ENV": "A,ALL"}).stderr
 
 
-def test_compile_caches_are_each_jobs_own_on_the_nodes_disk(tmp_path):
+def test_a_site_file_that_windows_has_edited_is_read_as_before(tmp_path):
+    """Case G3."""
+    show = "site_partitions; site_value gpu_types.a100 cpus_per_gpu; site_value partitions.mit_normal_gpu gpu_types"
+    texts = []
+    for name, ends in (("unix", b"\n"), ("dos", b"\r\n")):
+        file = tmp_path / name
+        file.write_bytes((ROOT / "slurm/sites/engaging.toml").read_bytes().replace(b"\n", ends))
+        done = bash("-c", f"set -euo pipefail; . slurm/lib/submit.sh; site={file}; {show}")
+        texts.append((done.stdout, done.stderr))
+    assert texts[0] == texts[1] and texts[0][0].startswith("mit_normal\nmit_quicktest\n"), texts
+    assert texts[0][0].endswith("\n8\nl40s h200\n")
+
+
+def test_compile_caches_are_each_jobs_own_on_the_nodes_disk(tmp_path, monkeypatch):
     """Case H1. A stand-in for df says that home is on NFS; squeue, that jobs 6 and 7 are not over."""
+    for name in (
+        "TRITON_CACHE_DIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+    ):  # torch sets the latter in processes that compile
+        monkeypatch.delenv(name, raising=False)
     disk, home = tmp_path / "disk", tmp_path / "home"
     for folder in (disk, home / "tmp"):
         folder.mkdir(parents=True)
@@ -410,7 +428,7 @@ class TestFlashAttention:
 settings="MAX_JOBS=${{MAX_JOBS:-}}|ARCHS=${{FLASH_ATTN_CUDA_ARCHS:-}}|NO80=${{FLASH_ATTENTION_DISABLE_SM80:-}}"
 echo "$PWD|$settings|$*" >>{tmp_path}/calls
 case "$*" in
-    *"import sys, torch"*) echo 2.13.0 13.0 cp312 ;;
+    *"import sys, torch"*) echo 2.13.0 ${{CUDA_OF_TORCH:-13.0}} cp312 ;;
     *"pip wheel"*) [ ! -e {tmp_path}/fails ] || exit 1
         for last; do :; done; mkdir -p "$last"; echo wheel >"$last/flash.whl" ;;
     *-r\\ *) cat "${{!#}}" >>{tmp_path}/calls ;;
@@ -520,6 +538,10 @@ esac
         assert "xformers==0.0.34 --hash=sha256:381cc47f" in done.calls
         assert "nvidia-cuda-runtime-cu12==12.9.79 --hash=sha256:25bba2df" in done.calls
         assert "check_flash_attn.py prebuilt" in done.calls
+
+    def test_a_torch_without_cuda_gets_nothing_installed(self, build):
+        done = build("--prebuilt", CUDA_OF_TORCH="none")
+        assert done.returncode == 2 and "bash setup_env.sh --cuda" in done.stderr and "pip" not in done.calls
 
     def test_the_check_needs_a_gpu_and_says_so(self):
         done = subprocess.run(

@@ -182,12 +182,14 @@ def test_log_folders_that_cannot_be_written_are_found_before_queueing(project):
 
 
 def test_a_full_disk_is_found_before_queueing(cluster, project):
-    """logs/ on a file system of 16 kB, in a mount namespace of its own."""
-    script = f"mount -t tmpfs -o size=16k tmpfs logs && exec bash {SHAKESPEARE}"
+    """logs/ on a file system of 16 kB, in a mount namespace of its own; by `bash`, and by the shell's function."""
+    doors = f"(bash {SHAKESPEARE}); [ $? = 2 ] && exec bash slurm/lib/sbatch_as_typed.sh {SHAKESPEARE}"
+    script = f"mount -t tmpfs -o size=16k tmpfs logs && {doors}"
     env = project.env
     done = cluster.run("unshare", "-m", "bash", "-c", script, env=env, cwd=project.root, check=False)
-    assert done.returncode == 2 and "logs: the disk or your quota is full" in done.stderr, done.stderr
-    assert "submitted" not in done.stdout
+    said = [line for line in done.stderr.splitlines() if "logs: the disk or your quota is full" in line]
+    assert (done.returncode, len(said)) == (2, 2), done.stderr
+    assert "ubmitted" not in done.stdout
 
 
 def test_a_script_outside_of_the_repository_says_where_to_go(cluster, project, tmp_path):

@@ -48,7 +48,21 @@ def test_both_doors_and_every_form_of_gpus(cluster, project, slow_jobs, standin)
             *("-p", "pi_lab", "--gres=gpu:2", SPEEDRUN, steps, "--out_dir=out/fewer"), NUM_GPUS="1", **standin
         ),
     }
+    step = [
+        "srun",
+        "-p",
+        "pi_lab",
+        "-c1",
+        "--gres=gpu:1",
+        "--mem=1G",
+    ]  # case G2: sbatch passes on what it was told
+    wide = ["-p", "pi_lab", "--gres=gpu:2", "--cpus-per-gpu=4", "--mem-per-gpu=1G"]
+    words = [*step, "sbatch", "--parsable", *wide, SPEEDRUN, steps, "--out_dir=out/inside"]
+    jobs["inside"] = cluster.run(*words, env={**project.env, **standin}, cwd=project.root).stdout.strip()
     logs = {name: finished(cluster, job, 180) for name, job in jobs.items()}
+    assert "rank 1 of 2, 4 threads" in logs["inside"]
+    history = project.root / "logs/.attempts" / f"practice-{jobs['inside']}" / "history"
+    assert "status=0" in history.read_text()  # it was the job that started the step, which requeues
     assert "1 rank " in logs["bash"]
     assert "rank 0 of 2, 8 threads" in logs["type"] and "rank 1 of 2" in logs["type"]
     assert "rank 0 of 1, 8 threads" in logs["sbatch"] and "rank 1" not in logs["sbatch"]

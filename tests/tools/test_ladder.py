@@ -1,13 +1,15 @@
 """`engaging next`: each rung from what is on the disk, and the group's ticks."""
 
 import json
+import math
 import os
+import re
 
 import pytest
 
 from nanogpt.common.errors import UserError
 from tools.launch.book import new_launch
-from tools.site import ladder
+from tools.site import estimate, ladder
 from tools.site.cluster import Cluster
 from tools.site.estimate import past, too_short
 from tools.site.slurm import Answer, Association, Job
@@ -105,18 +107,33 @@ def test_a_failed_rung_names_its_fix(home):
 
 
 def test_a_time_names_its_source(home):
-    assert "not a measurement" in past(home, "gpt2")
+    """Case C4 with it: a limit under the estimate."""
+    ours = past(home, "gpt2", 4)
+    assert "reckoned from our 558,045 tokens/s on one H100" in ours and ours.endswith("1 d 12 h on 4 of them")
+    assert too_short(home, "gpt2", 4, 4).startswith(
+        "4 minutes is less than that, so it would go on in 550 further"
+    )
     launch = new_launch(
         home, "first", token="f" * 24, preset="gpt2", trainer="nanogpt.train", runs=["out/first"], args=[]
     )
-    assert launch.number == 1 and "not a measurement" in past(home, "gpt2")
+    assert launch.number == 1 and "reckoned" in past(home, "gpt2")
     a_run(home, "first", 3.1, gpus=["NVIDIA H200"] * 4, seconds=7200.0)
     assert past(home, "gpt2") == "your run first trained for 2 h on 4x NVIDIA H200"
     assert "not a measurement" in past(home, "nanogpt")
     assert too_short(home, "gpt2", 4).startswith(
         "4 minutes is less than that, so it would go on in 29 further jobs"
     )
-    assert too_short(home, "gpt2", 120) == too_short(home, "nanogpt", 4) == ""  # case C4
+    assert too_short(home, "gpt2", 120) == too_short(home, "nanogpt", 4) == ""
+
+
+def test_our_figures_are_those_of_their_homes(root):
+    assert f"| {estimate.OURS:,} |" in (root / "docs/performance.md").read_text()
+    for preset, tokens in estimate.TOKENS.items():
+        file = root / "nanogpt/config" / f"train_{preset.removeprefix('train_')}.py"
+        values = dict(
+            re.findall(r"^(max_iters|tokens_per_step) = ([0-9* ]+)", file.read_text(), re.MULTILINE)
+        )
+        assert int(values["max_iters"]) * math.prod(map(int, values["tokens_per_step"].split("*"))) == tokens
 
 
 def test_what_slurm_says(home, monkeypatch):

@@ -1,5 +1,6 @@
 """Whose limit it is: refusals before queueing, waves, and reasons in words."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,16 @@ def test_your_own_quota_is_told_from_a_busy_cluster(cluster):
 def test_reasons(cluster, reason, said):
     found = explain(pending(reason, ArrayTaskThrottle="4"), cluster)
     assert said in found.remedy or said in found.text, found.lines()
+
+
+def test_somebody_elses_job_is_not_yours_to_change(cluster):
+    found = explain(pending("QOSMaxGRESPerUser", UserId="ada(1815)"), cluster)
+    assert found.whose == "ada's own limit"
+    assert found.remedy.startswith(
+        "nothing for you to do: the job is ada's (it could be: scontrol update JobId=7"
+    )
+    mine = explain(pending("QOSMaxGRESPerUser", UserId=f"ada({os.getuid()})"), cluster)
+    assert mine.whose == "your own limit" and mine.remedy.startswith("scontrol update")
 
 
 def test_every_reason_and_end_formats(cluster):

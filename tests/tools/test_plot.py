@@ -37,6 +37,18 @@ def test_the_points_are_the_runs_own(folder: Path) -> None:
     assert [loss for _, loss in found.val] == pytest.approx([4.1, 3.6, 3.1, 2.6, 2.1])
 
 
+def test_lines_that_cannot_be_read_are_said_once(folder: Path, capsys) -> None:
+    """Case J2. Half a line at the very end is what a growing file has."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"event": "train", "step": 2, "lo\n{"event": "train", "step": 21, "loss": 1.9}\n{"event": "tr'
+        )
+    assert plot.read(folder).train[-1].step == 21
+    assert (
+        capsys.readouterr().err == f"note: {folder}/metrics.jsonl: 1 line cannot be read and is passed over\n"
+    )
+
+
 def test_over_tokens_and_without_the_first_steps(folder: Path) -> None:
     found = plot.curves(read_run(folder), "falling", x="tokens", skip=10)
     assert found.train[0] == (11.0, pytest.approx(3.0)) and len(found.train) == 11

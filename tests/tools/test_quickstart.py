@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import run_kit
 
-from nanogpt.common import lease
+from nanogpt.common import checkpoints, lease
 from tools import quickstart
 from tools.children import Children, Interrupted
 from tools.runs import Run, ValPoint, read_run
@@ -112,8 +112,15 @@ def test_stopped_while_it_trains_it_goes_on_and_a_report_that_is_missing_is_made
     (folder / "loss.png").unlink()  # as if it had been stopped after the training
     monkeypatch.chdir(clone)
     monkeypatch.setattr(quickstart, "ROOT", clone)
-    monkeypatch.setattr(quickstart, "sample", lambda *_: None)  # both runs above have written theirs
     monkeypatch.setenv("DATA_ROOT", str(clone / "data"))
+    with monkeypatch.context() as broken, pytest.raises(SystemExit) as left:
+        broken.setattr(quickstart, "SAMPLE_TOKENS", -1)  # case E3: what comes after the training breaks
+        quickstart.main(list(flags))
+    assert left.value.code == 2
+    said = capsys.readouterr().out
+    assert "no sample (status 2); the trained model is saved: " in said and not (folder / "loss.png").exists()
+    assert checkpoints.problem(folder / "checkpoints" / "step_00001500") == ""
+    monkeypatch.setattr(quickstart, "sample", lambda *_: None)  # both runs above have written theirs
     assert quickstart.main(list(flags)) == 0 and "trained already" in capsys.readouterr().out
     assert (folder / "loss.png").exists() and read_run(folder).attempts == 2
 

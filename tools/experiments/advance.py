@@ -6,6 +6,7 @@ engaging experiment promote palm --run        ... and start the next stage, the 
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,27 @@ def main(argv: list[str]) -> int:
             "engaging experiment promote: name a STUDY; engaging experiment promote --rules needs none"
         )
     root = checkout()
-    members = study.experiments(root, args.study)
+    with contextlib.ExitStack() as held:
+        if args.run and (root / records.SHELF).is_dir():
+            held.enter_context(
+                records.lock(root / records.SHELF, ".promote")
+            )  # two would both start what comes
+        members = _with_later(root, study.experiments(root, args.study))
+        decision, coming, problem = _look(root, args, members)
+        if not (args.run and (decision.advance or decision.with_baseline)):
+            if not args.json:
+                _say_next(args, argv, decision, coming, problem)
+            return 0 if decision.advance and decision.complete else 1
+        if problem:
+            raise problem
+        made = _create(root, args, decision, coming)
+    return run.start(root, made) if made else 0
+
+
+def _look(
+    root: Path, args: argparse.Namespace, members: list[Experiment]
+) -> tuple[Decision, "Coming", UserError | None]:
+    """Decide, and print the decision with its reasons and sums."""
     results = study.stage_results(members)
     decision = promote.decide(results, args.stage or "", args.advance, args.typed_baseline)
     full = [config for _, config in _configurations(root, members) if config.letter == "C"]
@@ -45,13 +66,26 @@ def main(argv: list[str]) -> int:
     else:
         show(decision)
         print("\n".join([*lines, *sums]))
-    if args.run and (decision.advance or decision.with_baseline):
-        if problem:
-            raise problem
-        return _start(root, args, decision, coming)
-    if not args.json:
-        _say_next(args, shlex.join(["engaging", "experiment", "promote", *argv]), decision, coming, problem)
-    return 0 if decision.advance and decision.complete else 1
+    return decision, coming, problem
+
+
+def _with_later(root: Path, members: list[Experiment]) -> list[Experiment]:
+    """Of experiments that were run by their own names, not as a study: also what was started from them since."""
+    if any(member.study for member in members):
+        return members
+    folders = [folder.resolve() for folder in records.all_in(root / records.SHELF)]
+    known = {member.folder: folders.index(member.folder) for member in members if member.folder in folders}
+    later = []
+    for folder in folders[max(known.values(), default=len(folders)) + 1 :]:
+        with contextlib.suppress(UserError):  # a damaged folder of another's is no reason to stop
+            later.append(records.read(folder))
+    variants, letters = {m.config.variant for m in members}, {m.config.letter for m in members}
+    return members + [
+        one
+        for one in later
+        if not one.study and one.config.letter > max(letters)
+        and (one.config.variant in variants or one.config.is_baseline)
+    ]  # fmt: skip
 
 
 @dataclass
@@ -64,9 +98,10 @@ class Coming:
 
 
 def _say_next(
-    args: argparse.Namespace, typed: str, decision: Decision, coming: Coming, problem: UserError | None
+    args: argparse.Namespace, argv: list[str], decision: Decision, coming: Coming, problem: UserError | None
 ) -> None:
     """The command that follows, or what is in its way."""
+    typed = shlex.join(["engaging", "experiment", "promote", *argv])
     if problem:
         print(f"\n{problem}")
     elif coming.planned or coming.skipped:
@@ -184,17 +219,17 @@ def _its_baseline(files: list, letter: str, source: Experiment) -> tuple:
     )
 
 
-def _start(root: Path, args: argparse.Namespace, decision: Decision, coming: Coming) -> int:
-    """Create what is new, open what was skipped, start the runs in turn."""
+def _create(root: Path, args: argparse.Namespace, decision: Decision, coming: Coming) -> list[Experiment]:
+    """Create what is new, open what was skipped: what `run.start` then starts in turn."""
     if not coming.planned and not coming.skipped:
         print(f"\nstage {decision.to} was started already: engaging experiment status {' '.join(args.study)}")
-        return 0
+        return []
     if coming.planned:
         run.need_fit(root, coming.planned, args.no_check)
     print()
     code = records.keep_code(root) if coming.planned else {}
     made = [records.create(root, experiment, code) for experiment in coming.planned]
-    return run.start(root, [*made, *(gate.open_again(experiment) for experiment in coming.skipped)])
+    return [*made, *(gate.open_again(experiment) for experiment in coming.skipped)]
 
 
 def _all_skipped(experiment: Experiment) -> bool:

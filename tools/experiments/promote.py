@@ -1,7 +1,8 @@
 """Which variants go on to the next stage: rules that are written down before the runs, applied without looking away.
 
 From A (screening) to B (validation):
-  1. complete   every planned run has ended; a variant half of whose runs failed is out.
+  1. complete   every planned run has ended; a variant half of whose runs failed is out; so is one that trained longer
+                or shorter than the baseline.
   2. mean       its mean final validation loss is below the baseline's.
   3. order      the lowest mean first.
   4. spread     a standard deviation over 3 times the stage's median one sets it behind the steady ones.
@@ -106,6 +107,8 @@ def decide(results: list[Result], stage: str = "", most: int = 1, typed: Typed |
     steady = _median_spread(here)
     judge = _judge_a if stage == "A" else _judge_b
     decision.findings = [judge(result, decision.baseline, reference, steady) for result in variants]
+    for finding in decision.findings:
+        _same_length(finding, decision.baseline)
     decision.findings.sort(key=_rank)
     if reference is None:
         _without_baseline(decision, results)
@@ -212,6 +215,14 @@ def _begin(result: Result, reference: tuple[float, float | None, int] | None) ->
         text = f"mean {finding.mean:.4f}, {side} the baseline's {reference[0]:.4f} ({gain:+.4f} gained)"
         finding.add("mean", text, gain > 0)
     return finding
+
+
+def _same_length(finding: Finding, baseline: Result | None) -> None:
+    """Rule 1: losses after more steps, or larger ones, than the baseline's are not held against it."""
+    mine = finding.result
+    if baseline is not None and mine.kin == baseline.kin and mine.work and baseline.work != mine.work:
+        share = mine.work / baseline.work if baseline.work else float("inf")
+        finding.add("length", f"trained on {share:.3g} times the baseline's iterations x batch", False)
 
 
 def _judge_a(result: Result, baseline: Result | None, reference, steady: float | None) -> Finding:

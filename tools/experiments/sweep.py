@@ -20,7 +20,7 @@ from typing import Any
 from nanogpt.common.errors import UserError
 from nanogpt.common.storage import atomic_write_json, make_folder
 from tools.args import Parser, name_of, whole
-from tools.experiments import run, study
+from tools.experiments import records, run, study
 from tools.experiments.config import ExperimentConfig, read_json
 from tools.experiments.records import SHELF, all_in
 from tools.place import checkout
@@ -48,15 +48,17 @@ def main(argv: list[str]) -> int:
         return _begin(root, home, args, rest)
     if args.set:
         raise UserError("--set: name the arms too: --config FILE_OR_FOLDER")
-    chosen, seeds = _chosen(root, home, args.study)
+    chosen = _chosen(root, home, args.study)
     if not args.final:
         print(f"\nnext: engaging experiment sweep {args.study} --final --n-runs 3")
         return 0
+    seeds = _used(root)
     first = max(seeds) + 1 if args.base_seed is None else args.base_seed
     last = first + (args.n_runs or 3) - 1
     if used := sorted(seed for seed in seeds if first <= seed <= last):
         raise UserError(
-            f"--base-seed={first}: seed {used[0]} has chosen among the trials; from {max(seeds) + 1} on none has"
+            f"--base-seed={first}: seed {used[0]} has chosen among the trials of {seeds[used[0]]}; from "
+            f"{max(seeds) + 1} on none has"
         )
     made = [
         {**values, "experiment_name": f"{arm[:42]}_final", "base_seed": first, "n_runs": args.n_runs or 3}
@@ -129,8 +131,17 @@ def _value(text: str) -> Any:
     return value if isinstance(value, bool | int | float) else text
 
 
-def _chosen(root: Path, home: Path, name: str) -> tuple[dict[str, dict], set[int]]:
-    """(each arm's configuration with its best values, the seeds that the trials used); the table is printed."""
+def _used(root: Path) -> dict[int, str]:
+    """Seed -> the sweep that used it, over every sweep that is kept here."""
+    found: dict[int, str] = {}
+    for folder in all_in(root / SHELF):
+        if name := trial_of(folder):
+            found |= {seed: name for _, seed in records.read(folder).runs}
+    return found
+
+
+def _chosen(root: Path, home: Path, name: str) -> dict[str, dict]:
+    """Each arm's configuration with its best values; the table is printed."""
     path = home / "sweep.json"
     if not path.is_file():
         raise UserError(f"{name}: no sweep of this name; begin one with --config and --set")
@@ -138,7 +149,7 @@ def _chosen(root: Path, home: Path, name: str) -> tuple[dict[str, dict], set[int
     members = {
         experiment.config.experiment_name: experiment for experiment in study.experiments(root, [name])
     }
-    best, seeds = {}, set[int]()
+    best = {}
     for arm, found in plan["arms"].items():
         ranked = []
         for trial in found["trials"]:
@@ -148,7 +159,6 @@ def _chosen(root: Path, home: Path, name: str) -> tuple[dict[str, dict], set[int
                 raise UserError(
                     f"{trial['name']}: has runs missing, and every trial counts: engaging experiment resume {name}"
                 )
-            seeds |= {seed for _, seed in experiment.runs}
             mean = sum(result.losses.values()) / len(result.losses) if result.losses else float("inf")
             ranked.append((mean, trial["name"], trial["set"]))
         mean, _, values = min(ranked, key=lambda row: row[:2])
@@ -169,7 +179,7 @@ def _chosen(root: Path, home: Path, name: str) -> tuple[dict[str, dict], set[int
                 )
         config = found["config"]
         best[arm] = {**config, "hyperparameters": {**config.get("hyperparameters", {}), **values}}
-    return best, seeds
+    return best
 
 
 def _run(root: Path, folder: Path, name: str, made: list[dict], args: Any, rest: list[str]) -> int:

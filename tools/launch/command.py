@@ -26,7 +26,7 @@ from tools.launch.request import choose, fitting_throttle
 from tools.place import checkout
 from tools.site import profile, settings, slurm
 from tools.site.cluster import Cluster, ask_cluster
-from tools.site.estimate import too_short
+from tools.site.estimate import past, too_short
 from tools.site.plan import Option
 from tools.site.slurm import SlurmUnreachable
 
@@ -153,12 +153,13 @@ def _submit(
     request = option.request
     gpu = f"{request.gpus}x {request.gpu_type or 'GPU'}" if request.gpus else counted(request.cpus, "CPU")
     nodes = f" on {request.nodes} nodes" if request.nodes > 1 else ""
-    many = f", {args.seeds} seeds, {throttle} at once" if args.seeds > 1 else ""
+    side = min(throttle, option.room or throttle)
+    many = f", {args.seeds} seeds, {side} at once" if args.seeds > 1 else ""
     print(
         f"{launch.name}: job {job_id} in {option.partition} ({gpu}{nodes}, {spoken(request.minutes)}{many})"
     )
-    if warning := too_short(root, launch.preset, request.minutes):
-        print(f"warning: your last run of it took longer: {warning}", file=sys.stderr)
+    if warning := too_short(root, launch.preset, request.minutes, request.all_gpus):
+        print(f"note: {past(root, launch.preset, request.all_gpus)}; {warning}", file=sys.stderr)
     print(f"  run  {launch.runs[0]}" + (f" ... {launch.runs[-1]}" if args.seeds > 1 else ""))
     print(f"  log  {launch.log.replace('%x', launch.name).replace('%A', job_id).replace('%j', job_id)}")
     for left in launch.code["left_out"][:3]:

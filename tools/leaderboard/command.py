@@ -192,7 +192,8 @@ def choose(run, tracks: dict, wanted: str | None, facts: dict | None = None):
 def show(verdict) -> None:
     """Print what was checked and what came of it."""
     result, track = verdict.result, verdict.track
-    what = f", {result.runs} runs on {result.world_size} x {result.gpu}" if result else ""
+    where = f"{result.world_size} x {result.gpu}" if result and result.gpu else "hardware that nothing names"
+    what = f", {result.runs} run{'s' * (result.runs != 1)} on {where}" if result else ""
     print(printable(f"{verdict.name}: {track.name}{what}"))
     for title in verdict.passed:
         print(f"  ok       {title}")

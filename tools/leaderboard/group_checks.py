@@ -168,11 +168,12 @@ class Others:
     logs: dict[str, str]  # digest of a log -> record
     losses: dict[tuple[float, ...], str]  # sorted final losses -> record
     recipes: dict[tuple[str, str, str, int, str], str]  # (source, recipe, GPU, ranks, track) -> record
+    run_losses: dict[float, str]  # final loss of a run of ours, which has all its digits -> record
 
     @classmethod
     def none(cls) -> "Others":
         """An empty board."""
-        return cls({}, {}, {})
+        return cls({}, {}, {}, {})
 
 
 def check_others(runs: Sequence[Run], track: Track, kind: str, others: Others) -> Problems:
@@ -187,6 +188,18 @@ def check_others(runs: Sequence[Run], track: Track, kind: str, others: Others) -
     losses = tuple(sorted(run.val_loss for run in runs))
     if losses in others.losses and first.kind == "engaging":
         yield "duplicates", f"its final losses are those of {others.losses[losses]}, to the last digit"
+    else:
+        for run in runs:
+            if (
+                run.kind == "engaging"
+                and run.log_sha256 not in others.logs
+                and run.val_loss in others.run_losses
+            ):
+                yield (
+                    "duplicates",
+                    f"{run.label}: its final loss is that of a run of {others.run_losses[run.val_loss]}, to the last "
+                    "digit: a copy, or the same seed once more",
+                )
     key = (first.source_sha256, recipe_digest(first), first.gpu, first.world_size, track.name)
     if first.kind == "engaging" and kind != "rerun" and key in others.recipes:
         yield (

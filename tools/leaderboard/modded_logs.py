@@ -30,6 +30,7 @@ LEAST_TOKENS = 100e6  # to the target of any of these tracks: a third of what th
 FREE_STEPS = 10  # steps whose time did not count, by the rule of 2024
 LONGEST_LINE = 1 << 20
 LEFT_OUT = "source left out"  # the one check whose failure leaves a log plausible
+COPY = "<source: not in this copy of what the run printed>"
 _STEP = re.compile(
     r"step:(?P<step>\d{1,7})/(?P<total>\d{1,7})(?: (?P<kind>val|train)_loss:(?P<loss>\d{1,3}\.\d{2,8}))?"
     r"(?: val_[a-z]+_loss:\d{1,3}\.\d{2,8}){0,4}"  # of averaged weights: val_loss is the one that counts
@@ -56,18 +57,24 @@ def read_modded_log(path: Path, label: str) -> Run:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if not looks_like_one(data):
-        _name_llmc(text, label)
-        raise UserError(
-            f"{path}: not a log of modded-nanogpt (no line of 100 '=' after the source), nor of ours"
-        )
     if any(len(line) > LONGEST_LINE for line in text.split("\n")):
         raise UserError(f"{path}: a line of more than {LONGEST_LINE:,} characters; no run prints that")
-    parted = re.split(rf"^{SEPARATOR}\r?\n", text, flags=re.MULTILINE)
-    code, *parts = (
-        parted[1:] if len(parted) > 2 and not parted[0].strip() else parted
-    )  # in 2024 one came first
+    if looks_like_one(data):
+        parted = re.split(rf"^{SEPARATOR}\r?\n", text, flags=re.MULTILINE)
+        code, *parts = (
+            parted[1:] if len(parted) > 2 and not parted[0].strip() else parted
+        )  # in 2024 one came first
+    elif any(_STEP.fullmatch(line.rstrip()) for line in text.splitlines()):
+        code, parts = COPY, [text]
+    else:
+        _name_llmc(text, label)
+        raise UserError(
+            f"{path}: not a log of modded-nanogpt (no line 'step:S/T ... train_time:...'), nor of ours"
+        )
     head, body = (parts[0], "\n".join(parts[1:])) if len(parts) > 1 else ("", parts[0])
+    head += "\n" + "\n".join(
+        itertools.takewhile(lambda line: not line.startswith("step:"), body.splitlines())
+    )
     rows = [found for line in body.splitlines() if (found := _STEP.fullmatch(line.rstrip()))]
     if not rows:
         raise UserError(
@@ -96,7 +103,8 @@ def read_modded_log(path: Path, label: str) -> Run:
         log_lines=body.splitlines(),
         extra={"rows": rows, "free": free, "gpus": {gpu for _, gpu in gpus}, "head": head},
     )  # fmt: skip
-    run.notes.append("a log of modded-nanogpt: its validation data cannot be checked, its source can be read")
+    readable = "" if _LEFT_OUT.fullmatch(code) else ", its source can be read"
+    run.notes.append(f"a log of modded-nanogpt: its validation data cannot be checked{readable}")
     if free:
         run.notes.append(
             f"the first {FREE_STEPS} steps were not timed, as the rule was until the end of 2024"
@@ -179,7 +187,9 @@ def check_modded(run: Run, track: Track, submitted: datetime.datetime) -> Proble
 def _source(run: Run, track: Track) -> Problems:
     code = run.source_files["train_gpt.py"].decode()
     if _LEFT_OUT.fullmatch(code):
-        yield LEFT_OUT, f"{run.label}: its source was left out of the file, so it cannot be looked at"
+        copy = "it is a copy of what the run printed, without its source"
+        said = copy if code == COPY else "its source was left out of the file"
+        yield LEFT_OUT, f"{run.label}: {said}, so it cannot be looked at"
         return
     if "import torch" not in code or len(code) < 2000:
         yield "source", f"{run.label}: the log does not begin with a trainer's source"

@@ -7,6 +7,7 @@ from the evidence and compares.
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -152,9 +153,8 @@ def read_record(path: Path) -> Record:
     found = parse_object(read_bytes(path, LARGEST_RECORD), str(path))
     submitted = found.get("submitted")
     try:
-        found["submitted"] = (
-            datetime.datetime.fromisoformat(submitted) if isinstance(submitted, str) else submitted
-        )
+        if isinstance(submitted, str):  # pydantic ends it with Z, which Python 3.10 does not read
+            found["submitted"] = datetime.datetime.fromisoformat(re.sub("Z$", "+00:00", submitted))
         record = Record.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]

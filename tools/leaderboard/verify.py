@@ -234,6 +234,8 @@ def remember(others: Others, record: Record) -> None:
     """Add a record to what later ones are compared with."""
     for entry in record.runs:
         others.logs.setdefault(entry.files["log.txt"].sha256, record.id)
+        if "metrics.jsonl" in entry.files:
+            others.run_losses.setdefault(entry.val_loss, record.id)
     others.losses.setdefault(tuple(sorted(entry.val_loss for entry in record.runs)), record.id)
     key = (record.source_sha256, record.recipe_sha256, record.gpu, record.world_size, record.track)
     others.recipes.setdefault(key, record.id)

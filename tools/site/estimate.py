@@ -1,4 +1,4 @@
-"""How long it takes, and who says so: your own finished runs of a preset, or nobody yet."""
+"""How long it takes, and who says so: your own finished runs of a preset, ours, or nobody yet."""
 
 from pathlib import Path
 
@@ -6,6 +6,11 @@ from tools.args import counted, spoken, words
 from tools.launch import book
 from tools.runs import Run, printable, read_run
 
+OURS, OURS_GPU = (
+    558_045,
+    "H100",
+)  # tokens a second of GPT-2 124M in bfloat16; docs/performance.md has the command
+TOKENS = {"gpt2": 294_912_000_000, "train_gpt2": 294_912_000_000, "train_gpt2_epoch": 9_035_579_392}
 LAUNCHES = 40  # names that are looked at, the newest first
 
 
@@ -17,23 +22,36 @@ def gpus_of(run: Run) -> list[str]:
     return [printable(str(name)) for name in next((names for names in reversed(found) if names), [])]
 
 
-def past(root: Path, preset: str) -> str:
-    """A sentence about how long the newest finished run of this preset took, or that nothing is known."""
+def past(root: Path, preset: str, gpus: int = 1) -> str:
+    """A sentence about how long it takes and who says so: your newest finished run, our figure, or nobody."""
     if (found := newest(root, preset)) is None:
-        return "no run of it has finished here, so the time is the limit that is asked for, not a measurement"
+        if (minutes := reckoned(preset, gpus)) is None:
+            return "no run of it has finished here, so the time is the limit that is asked for, not a measurement"
+        on = f"on {gpus} of them" if gpus > 1 else "in all"
+        return (
+            f"no run of it has finished here; reckoned from our {OURS:,} tokens/s on one {OURS_GPU} "
+            f"(docs/performance.md) it takes {words(minutes)} {on}"
+        )
     run, minutes = found
     names = gpus_of(run)
     where = f"{len(names)}x {names[0]}" if names else "the CPU"
     return f"your run {run.name} trained for {words(minutes)} on {where}"
 
 
-def too_short(root: Path, preset: str, limit: int) -> str:
-    """A warning for a time limit (minutes) under what the newest finished run took; "" for none."""
+def too_short(root: Path, preset: str, limit: int, gpus: int = 1) -> str:
+    """A warning for a time limit (minutes) under what it takes, as `past` has it; "" for none."""
     found = newest(root, preset)
-    if found is None or found[1] <= limit:
+    minutes = found[1] if found else reckoned(preset, gpus)
+    if minutes is None or minutes <= limit:
         return ""
-    more = counted(-(-round(found[1]) // limit) - 1, "further job")
-    return f"{spoken(limit)} is less than that, so it would go on in {more} at least; four hours are 4h or 4:00:00"
+    more = counted(-(-round(minutes) // limit) - 1, "further job")
+    hint = "; four hours are 4h or 4:00:00" if limit < 60 else ""
+    return f"{spoken(limit)} is less than that, so it would go on in {more} at least{hint}"
+
+
+def reckoned(preset: str, gpus: int) -> float | None:
+    """Minutes of training on `gpus` GPUs as fast as ours, None for a preset that was not measured."""
+    return TOKENS[preset] / OURS / max(1, gpus) / 60 if preset in TOKENS else None
 
 
 def newest(root: Path, preset: str) -> tuple[Run, float] | None:

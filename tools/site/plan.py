@@ -234,10 +234,11 @@ def _show(
     for row in rows:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip()
         print(folded(line, sum(widths) + 6))
-    for note in [*cluster.notes, past(checkout(), args.preset)]:
+    gpus = request.all_gpus if request else 1
+    for note in [*cluster.notes, past(checkout(), args.preset, gpus)]:
         print(folded(f"note: {note}"))
-    if request and (warning := too_short(checkout(), args.preset, request.minutes)):
-        print(f"warning: {warning}")
+    if request and (warning := too_short(checkout(), args.preset, request.minutes, gpus)):
+        print(folded(f"warning: {warning}"))
     print()
     if chosen:
         gpus = _gpus(chosen.request.all_gpus, chosen.request.gpu_type)

@@ -96,7 +96,9 @@ def advice(usage: Usage) -> list[str]:
         need = max(1, round(usage.cpu_use * usage.cpus * ROOM + 0.5))
         if need < usage.cpus * 0.6:
             flag = -(-max(need, usage.gpus) // usage.nodes)
-            found.append(f"--cpus {flag}: {usage.cpu_use:.0%} of {usage.cpus} cores were used")
+            found.append(
+                f"--cpus {flag} (sbatch: --cpus-per-task={flag}): {usage.cpu_use:.0%} of {usage.cpus} cores were used"
+            )
     if usage.gpu_util is not None and usage.gpus and usage.gpu_util < 50:
         found.append(f"the GPUs were used to {usage.gpu_util:.0f} %: a larger --batch_size, or fewer --gpus")
     return found

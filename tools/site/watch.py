@@ -129,7 +129,7 @@ def lines_of(view: View, width: int, height: int) -> list[tuple[str, str]]:
         found.append(("yellow", view.queue_note))
     run = view.run
     if run is not None:
-        found += [("", line) for line in _run_lines(run, width)]
+        found += [("", line) for line in _run_lines(run, width, _runs(view))]
     found += [("", line) for line in view.gpus[:8]]
     age = time.monotonic() - view.files_at if view.files_at else 0.0
     if view.files_at and age > STALE_S:
@@ -210,7 +210,7 @@ def _queue_lines(view: View) -> list[str]:
     mine = [job for job in view.queue if job.base == base]
     if not mine:
         return [
-            "not in the queue (any more): engaging why " + view.job
+            "none of yours in the queue (any more): engaging why " + view.job
             if not view.queue_note
             else "state unknown"
         ]
@@ -223,9 +223,16 @@ def _queue_lines(view: View) -> list[str]:
     return found + ([f"... and {len(mine) - 6} more"] if len(mine) > 6 else [])
 
 
-def _run_lines(run: Run, width: int) -> list[str]:
+def _runs(view: View) -> bool:
+    """Whether the job is running, as far as anybody knows."""
+    base = view.job.partition("_")[0]
+    states = [job.state for job in view.queue if job.base == base]
+    return not view.job or bool(view.queue_note) or "RUNNING" in states
+
+
+def _run_lines(run: Run, width: int, runs: bool = True) -> list[str]:
     if run.status == "empty":
-        return ["no step yet: compiling or loading data"]
+        return ["no step yet" + (": compiling or loading data" if runs else "")]
     last = run.train[-1] if run.train else None
     total = f" of {run.max_steps}" if run.max_steps else ""
     parts = [f"{run.status}", f"step {run.step}{total}"]

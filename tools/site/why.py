@@ -6,6 +6,7 @@ already holds: "the cluster is busy" and "your own quota" look alike in squeue.
 """
 
 import contextlib
+import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -82,7 +83,12 @@ def explain(row: dict[str, str], cluster: Cluster) -> Explanation:
         remedy = _fits(row, request, cluster)
     if "ArrayTaskThrottle" in row:
         values["more"] = str((slurm._int(row["ArrayTaskThrottle"]) or 1) * 2)
-    return Explanation(job, state, reason, whose, text, remedy.format(**values))
+    remedy = remedy.format(**values)
+    owner, _, uid = row.get("UserId", "").rstrip(")").partition("(")
+    if uid.isdigit() and int(uid) != os.getuid():
+        whose = whose.replace("your own", f"{owner}'s own")
+        remedy = f"nothing for you to do: the job is {owner}'s (it could be: {remedy})"
+    return Explanation(job, state, reason, whose, text, remedy)
 
 
 def request_of(row: dict[str, str]) -> Request:

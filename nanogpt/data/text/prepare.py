@@ -9,7 +9,6 @@ One document in ten is validation text, at most a tenth of the characters; of fe
 tenth of each. The files are UTF-8. Interrupted, it goes on after the last complete shard when it is run again.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -22,30 +21,23 @@ if __package__ in (None, ""):
 
 from nanogpt.common.errors import UserError, run_command
 from nanogpt.common.flags import knob, parse, words
+from nanogpt.data.making import SetFlags, format_knob, print_raw, tokenize_all
 
 LARGEST_ALPHABET = 60_000  # characters, which are ids of 16 bits
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SetFlags):
     """The command line."""
 
     files: tuple[str, ...] = words("text files (UTF-8), .jsonl files, or folders of them", "FILE")
     tokenizer: str = knob("gpt2", "GPT-2's byte pairs, or a token a character", choices=("gpt2", "char"))
-    name: str = knob("mine", "name of the token set and its folder")
-    data_root: str = knob("", "folder that holds the token sets (default $DATA_ROOT, else data/)")
-    shard_tokens: int = knob(100_000_000, "tokens in one shard", low=1024, high=1_000_000_000)
-    format: str = knob(
-        "shards", "bin: also nanoGPT's train.bin and val.bin, beside the shards", choices=("shards", "bin")
-    )
-    num_workers: int = knob(0, "threads that encode, 0: one a core", low=0, high=512)
+    format: str = format_knob()
 
 
 def main(argv: list[str]) -> None:
     """Make the set, go on making it, or say that it is there."""
     config = parse(Config, argv, prog="nanogpt/data/text/prepare.py", description=__doc__)
-    if not config.name or not config.name.replace("_", "").replace("-", "").isalnum():
-        raise UserError(f"--name={config.name!r}: expected letters, digits, _ and -")
     if not config.files:
         raise UserError(
             "FILE: name the text files to prepare, for example: "
@@ -69,7 +61,7 @@ def main(argv: list[str]) -> None:
         writer = ShardWriter(
             config.name, folder, config.shard_tokens, made_from, state, vocabulary=vocabulary
         )
-        write(config, source, encode, writer)
+        tokenize_all(config, source, encode, writer, source.validates, source.total_bytes())
     say(
         config,
         root,
@@ -81,7 +73,6 @@ def main(argv: list[str]) -> None:
 def say(config: Config, root: Path, split: str, what: str) -> None:
     """What there is now, and the command that trains on it."""
     from nanogpt.common.shards import open_token_set
-    from nanogpt.data.raw import write_raw
 
     found = open_token_set(config.name, root)
     print(
@@ -89,8 +80,7 @@ def say(config: Config, root: Path, split: str, what: str) -> None:
         f"validation ({split}), vocabulary {found.vocab_size:,}, in {found.folder}"
     )
     if config.format == "bin":
-        for path in write_raw(found):
-            print(f"{path}: {path.stat().st_size / 1e9:,.2f} GB, uint16")
+        print_raw(found)
     preset = (
         "train_shakespeare_char" if config.tokenizer == "char" else "finetune_shakespeare --init_from=gpt2"
     )
@@ -123,27 +113,6 @@ def make_encoder(tokenizer: str, chars: str, root: Path):
         return np.concatenate([np.empty(0, np.uint16), *(char_ids(text, chars) for text in ended)])
 
     return encode, Vocabulary("char", len(chars), None, chars)
-
-
-def write(config: Config, source, encode, writer) -> None:
-    """Encode on all cores, and write the shards."""
-    from nanogpt.common.progress import Progress
-    from nanogpt.data.token_stream import AlreadyDone, tokenize
-
-    with Progress(f"tokenizing {config.name}") as bar:
-        try:
-            tokenize(
-                source,
-                encode,
-                writer,
-                workers=config.num_workers or len(os.sched_getaffinity(0)),
-                validates=source.validates,
-                report=lambda chars, documents, tokens: bar.update(
-                    chars, source.total_bytes(), f"{documents:,} documents, {tokens:,} tokens"
-                ),
-            )
-        except AlreadyDone:
-            print(f"{config.name}: another process has finished it meanwhile", flush=True)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ def run(name: str, rank: int, folder: Path) -> None:
     world, dtype, first, end, source = RUNS[name]
     device = torch.device("cpu")
     torch.set_num_threads(1)
+    # oneDNN takes over above a size in which the number of matrices counts, and that depends on the number of ranks.
+    torch.backends.mkldnn.set_flags(False)
     if world > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/{name}.meet", rank=rank, world_size=world

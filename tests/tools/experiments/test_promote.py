@@ -29,6 +29,16 @@ def test_the_lowest_mean_goes_on_and_the_baseline_with_it():
     assert "ranks before it" in found.reason_for("palm")
 
 
+def test_a_variant_that_trained_longer_proves_nothing():
+    base = result("baseline", "A", [3.30, 3.31], work=1000.0)
+    longer = result("longer", "A", [3.10, 3.11], work=1500.0)
+    found = promote.decide([base, longer, result("palm", "A", [3.28, 3.29], work=1000.0)])
+    assert found.advance[0] == "palm"
+    assert found.reason_for("longer") == "trained on 1.5 times the baseline's iterations x batch"
+    other = result("script", "A", [3.10, 3.11], work=7.0, kin=("mine.py",))  # nobody knows what its steps are
+    assert promote.decide([base, other]).advance[0] == "script"
+
+
 def test_nothing_goes_on_when_no_variant_beats_the_baseline():
     found = promote.decide([BASE, result("palm", "A", [3.32, 3.33])])
     assert found.advance == [] and "no variant beats the baseline" in found.verdict

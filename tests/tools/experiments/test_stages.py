@@ -107,6 +107,18 @@ def test_the_baseline_that_stage_b_lacks_is_added_with_its_sum(clone, tmp_path):
     assert refused.returncode == 2 and "lone_b_palm: stage B has no baseline" in refused.stderr
 
 
+def test_experiments_that_were_run_by_their_names_are_promoted_once(clone, tmp_path):
+    for stage, folder in (("A", "stage_a"), ("B", "stage_b")):
+        two_variants(tmp_path / folder, f"own_{stage.lower()}", stage=stage)
+    for name in ("own_a_base", "own_a_palm"):
+        run(clone, tmp_path / "stage_a" / f"{name}.json", "--n-runs", 2)
+    words = ("promote", "own_a_base", "own_a_palm", "--run", "--n-runs", 2)
+    assert "goes on to stage B" in kit.engaging(clone, *words).stdout
+    assert len(kit.experiments(clone, "own_b")) == 2
+    again = kit.engaging(clone, *words, check=False)  # the same line looks at what it has started
+    assert "goes on to stage C" in again.stdout and len(kit.experiments(clone, "own_b")) == 2
+
+
 def test_a_study_is_found_by_its_name_though_a_folder_has_the_same(clone, tmp_path):
     (clone / "twin").mkdir()
     kit.configuration(clone / "twin", experiment_name="twin_base", n_runs=2)

@@ -31,7 +31,10 @@ def test_the_final_comparison_takes_seeds_that_no_trial_had(clone, swept):
     trials = kit.experiments(clone, "arm_base_t")
     assert {seed for folder in trials for _, seed, _ in seeds(folder)} == {42}
     refused = kit.engaging(clone, "sweep", "tune", "--final", "--base-seed", 41, *LOCAL, check=False)
-    assert refused.returncode == 2 and "seed 42 has chosen among the trials; from 43 on" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "seed 42 has chosen among the trials of tune; from 43 on" in refused.stderr
+    )
     kit.engaging(clone, "sweep", "tune", "--final", *LOCAL)
     finals = kit.experiments(clone, "arm_base_final") + kit.experiments(clone, "arm_palm_final")
     assert [[seed for _, seed, _ in seeds(folder)] for folder in finals] == [[43, 44, 45]] * 2
@@ -45,6 +48,18 @@ def test_the_final_comparison_takes_seeds_that_no_trial_had(clone, swept):
         and "a trial of the sweep tune" in trial.stderr
         and trial.stderr.count("\n") == 1
     )
+
+
+def test_nor_seeds_of_another_sweep(clone, swept, tmp_path):
+    two_variants(tmp_path, "later", base_seed=50)
+    kit.engaging(clone, "sweep", "later", "--config", tmp_path, "--set", "muon_lr=0.025", *LOCAL)
+    words = ("sweep", "tune", "--final", "--base-seed", 49, "--dry-run", *LOCAL)
+    refused = kit.engaging(clone, *words, check=False)
+    assert (
+        refused.returncode == 2
+        and "seed 50 has chosen among the trials of later; from 51 on" in refused.stderr
+    )
+    assert "--seed=51" in kit.engaging(clone, "sweep", "tune", "--final", "--dry-run", *LOCAL).stdout
 
 
 MISTAKES = [

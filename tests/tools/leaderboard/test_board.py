@@ -202,6 +202,19 @@ def test_the_same_losses_from_other_logs(
     assert "to the last digit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["record", "rerun"])
+def test_one_run_of_somebody_elses_among_ones_own(
+    kind: str, board: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of the record, under another seed and another clock, helps out a record or confirms itself."""
+    change = {"change": "mine"} if kind == "record" else {}
+    own = [kit.made(seed, **change) for seed in (31, 32, 33)]
+    own[1].set_final(kit.seeds(3)[2].end["val_loss"])
+    assert submit(board, own, tmp_path / "own", f"--kind={kind}") == 1
+    reasons = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  REFUSED")]
+    assert len(reasons) == 1 and "run 2 (seed 32): its final loss is that of a run of" in reasons[0], reasons
+
+
 def test_of_two_that_are_one_the_earlier_stays(board: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A copy of a record, by its own right a well-formed one, is refused beside the first."""
     record = json.loads(the_record(board).read_text())
@@ -210,7 +223,9 @@ def test_of_two_that_are_one_the_earlier_stays(board: Path, capsys: pytest.Captu
 
     logs = [run["files"]["log.txt"]["sha256"] for run in record["runs"]]
     copy["id"] = record_id("track1", "negative", logs)
-    later = datetime.datetime.fromisoformat(record["submitted"]) + datetime.timedelta(microseconds=1)
+    later = datetime.datetime.fromisoformat(record["submitted"].replace("Z", "+00:00")) + datetime.timedelta(
+        microseconds=1
+    )
     copy["submitted"] = later.isoformat()
     (board / "records" / f"{copy['id']}.json").write_text(json.dumps(copy))
     assert command.main(["verify", str(board)]) == command.EXIT_REFUSED

@@ -67,6 +67,21 @@ def test_forms_that_came_and_went(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert status == 0 and "plausible: " in said and "plausible: 3148 steps" not in said
 
 
+def test_copies_of_what_a_run_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real ones have one separator, or none and begin with the first step or with what came before it."""
+    usual, third = kit.modded_log(), kit.track3_log(1, final=3.2775)
+    bare = usual[usual.index("step:0/") :]
+    status, said = verify(capsys, one(tmp_path, bare))
+    assert status == 1 and "refused: run 1: neither log nor environment says what computed" in said, said
+    _, head, body = usual.split("=" * 100 + "\n")
+    status, said = verify(capsys, one(tmp_path, head + body))
+    assert status == 0 and "copy of what the run printed, without its source" in said, said
+    assert "the log carries its source" not in said and "8 x NVIDIA H100" in said
+    source, *rest = third.split("=" * 100 + "\n")
+    status, said = verify(capsys, one(tmp_path, source + "=" * 100 + "\n" + "".join(rest)))
+    assert status == 0 and "8 x NVIDIA H200" in said and "the log carries its source" in said, said
+
+
 def test_what_is_odd_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     usual = kit.modded_log()
     metrics = usual[usual.index("step:0/") :]

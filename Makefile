@@ -46,7 +46,7 @@ venv: uv ## the environment by uv, from uv.lock, in .venv (ARGS="--extra dev": f
 lint: ## ruff and shellcheck over what git tracks
 	@$(NEED_ENV) && $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(SCRIPTS)
 
-faults: ## kills savers and trainers at seeded moments, and demands exact resumes; compiles kernels for every GPU (long)
+faults: ## the campaign of faults, as far as it is not done (ARGS=--section=kills,shards); compiles kernels for every GPU (long)
 	@bash setup_env.sh --dev --brief && $(PYTHON) -m tests.faults $(ARGS) && $(PYTHON) -m pytest -m campaign
 
 ddp-train: ## GPT-2 124M, one epoch, on NGPUS=8 GPUs of this machine, without SLURM

@@ -39,14 +39,19 @@ def hangs(rig: Rig, rng: random.Random, count: int) -> Tally:
                        "--eval_interval=100000", "--log_interval=1000", out="clean", module="tests.faults.stuck",
                        STUCK="no step 0")  # fmt: skip
         stack.callback(end, clean)
-        for kind, rank, children in launches:
-            found, seconds = watched(children[1 - rank], children[rank], rank)
+        named: dict[int, float] = {}  # when each launch had said who hangs; all are looked at in turn
+        limit = time.monotonic() + PATIENCE_S
+        while len(named) < count and time.monotonic() < limit:
+            for number, (_, _, children) in enumerate(launches):
+                said = children[0].stderr + children[1].stderr
+                if number not in named and "hang: rank 0 " in said and "hang: rank 1 " in said:
+                    named[number] = time.time()
+            time.sleep(0.2)
+        for number, (kind, rank, children) in enumerate(launches):
             tally.injected += 1
             tally.where[KINDS[kind]] += 1
-            if found:
-                tally.failures.append(f"{kind} of rank {rank}: {found}")
-            elif seconds > SOON_S:
-                tally.failures.append(f"{kind} of rank {rank}: named after {seconds:.0f} s")
+            found = complaint(children[1 - rank].stderr, children[rank].stderr, rank, named.get(number))
+            tally.failures += [f"{kind} of rank {rank}: {found}"] if found else []
         tally.clean += 1
         said = "".join(child.stderr for child in clean)
         if said or any(child.status is not None for child in clean):
@@ -54,19 +59,17 @@ def hangs(rig: Rig, rng: random.Random, count: int) -> Tally:
     return tally
 
 
-def watched(witness: Child, stuck: Child, rank: int) -> tuple[str, float]:
-    """(what is wrong with what the two ranks said, "" for nothing; seconds from the hang to the report)."""
-    limit = time.monotonic() + PATIENCE_S
-    while "hang: rank 0 " not in (said := witness.stderr + stuck.stderr) or "hang: rank 1 " not in said:
-        if time.monotonic() > limit:
-            return f"nobody is named: {said[-500:]}", 0.0
-        time.sleep(0.2)
-    now, (began, *_) = time.time(), [line for line in stuck.stderr.splitlines() if line.startswith("stuck: ")]
-    first = next(line for line in said.splitlines() if line.startswith("hang: "))
+def complaint(witness: str, stuck: str, rank: int, named: float | None) -> str:
+    """What is wrong with what the two ranks said, "" for nothing; `named`: when the report was there."""
+    if named is None:
+        return f"nobody is named: {(witness + stuck)[-500:]}"
+    first = next(line for line in (witness + stuck).splitlines() if line.startswith("hang: "))
     if not first.startswith(f"hang: rank {rank} of 2"):
-        return f"the wrong rank is named: {first}", 0.0
-    whole = "in train\n" in said and "all_reduce" in said
-    return ("" if whole else f"no stacks: {said[-500:]}"), now - float(began.split()[1])
+        return f"the wrong rank is named: {first}"
+    if "in train\n" not in witness + stuck or "all_reduce" not in witness + stuck:
+        return f"no stacks: {(witness + stuck)[-500:]}"
+    began = float(next(line.split()[1] for line in stuck.splitlines() if line.startswith("stuck: ")))
+    return f"named after {named - began:.0f} s" if named - began > SOON_S else ""
 
 
 def end(children: list[Child]) -> None:

@@ -2,7 +2,8 @@
 
 python benchmarks/submitting.py          on a login node, or in a shell of the practice cluster
 
-Every job is held and taken out again, but for one that stops where torchrun would begin.
+Every job is held and taken out again, but for one that stops where torchrun would begin. Beside the seconds on the
+clock stands how many of them a CPU computed: on a busy machine the rest is waiting for others.
 """
 
 import os
@@ -19,7 +20,7 @@ sys.path[0] = str(ROOT)
 
 from nanogpt.common.errors import CommandError, UserError, run_command
 
-REPEATS = 7
+REPEATS = 5
 SCRIPT = "slurm/nanogpt/train_shakespeare.sh"
 ENGAGING = str(ROOT / "tools" / "bin" / "engaging")
 JOB_SECONDS = 120.0
@@ -29,25 +30,26 @@ pathlib.Path({began!r}).write_text(str(time.time()))
 """
 
 
-def seconds_of(words: list[str], env: dict[str, str]) -> tuple[float, str]:
-    """(seconds, output) of one command, from its start to its end."""
-    began = time.perf_counter()
+def seconds_of(words: list[str], env: dict[str, str]) -> tuple[float, float, str]:
+    """(seconds, of them computed, output) of one command, from its start to its end."""
+    began, before = time.perf_counter(), os.times()
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
-    took = time.perf_counter() - began
+    took, after = time.perf_counter() - began, os.times()
     if done.returncode:
         raise CommandError(f"{' '.join(words)}: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
-    return took, done.stdout
+    computed = after.children_user + after.children_system - before.children_user - before.children_system
+    return took, computed, done.stdout
 
 
-def fastest_of(words: list[str], env: dict[str, str]) -> float:
-    """The fastest of a few submissions; each job is cancelled at once."""
+def fastest_of(words: list[str], env: dict[str, str]) -> tuple[float, float]:
+    """(seconds, of them computed): the least of a few submissions; each job is cancelled at once."""
     times = []
     for _ in range(REPEATS):
-        took, said = seconds_of(words, env)
-        times.append(took)
+        took, computed, said = seconds_of(words, env)
+        times.append((took, computed))
         numbers = re.findall(r"(?:submitted job|Submitted batch job|: job) (\d+)", said)
         subprocess.run(["scancel", *numbers], env=env, check=True)
-    return min(times)
+    return min(took for took, _ in times), min(computed for _, computed in times)
 
 
 def to_torchrun(folder: Path, env: dict[str, str]) -> float:
@@ -73,7 +75,7 @@ def to_torchrun(folder: Path, env: dict[str, str]) -> float:
         str(script),
         f"--out_dir={folder}/run",
     ]
-    number = seconds_of(job, {**env, "PYTHONPATH": str(folder / "site")})[1].strip().split(";")[0]
+    number = seconds_of(job, {**env, "PYTHONPATH": str(folder / "site")})[2].strip().split(";")[0]
     limit = time.monotonic() + JOB_SECONDS
     while not (folder / "torchrun").exists() or not (folder / "torchrun").read_text():
         if time.monotonic() > limit:
@@ -118,7 +120,7 @@ def main(argv: list[str]) -> int:
     }
     try:
         for name, words in rows.items():
-            print(f"{fastest_of(words, env):6.3f} s  {name}", flush=True)
+            print("{:6.3f} s, computed {:6.3f} s  {}".format(*fastest_of(words, env), name), flush=True)
         print(
             f"{to_torchrun(folder, env):6.3f} s  from a job's first command to torchrun's, two ranks",
             flush=True,

@@ -1,6 +1,7 @@
 """Imports go one way, importing does nothing, files can be read in one sitting: read from the syntax trees."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("nanogpt", "modded_nanogpt", "tools")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MOST_LINES = 500
+# What came with Python 3.11 and later, and ruff does not see: its syntax is ruff's, by target-version.
+NEWER = re.compile(
+    r"\bdatetime\.UTC\b|import UTC\b|file_digest\(|process_group=|contextlib\.chdir|\bExceptionGroup\b|\bStrEnum\b|"
+    r"\.add_note\(|from typing import .*\b(Self|Never|LiteralString|assert_never|override)\b|\"-P\"|\bpython\"? -P\b"
+)
 
 
 def modules(path: Path, top_level_only: bool = False) -> set[str]:
@@ -31,6 +37,18 @@ def inside(path: Path, folder: str) -> bool:
 
 def uses(path: Path, package: str) -> set[str]:
     return {name for name in modules(path) if name == package or name.startswith(f"{package}.")}
+
+
+def test_nothing_asks_for_a_later_python_than_3_10():
+    scripts = [ROOT / "tools/bin/engaging", ROOT / "setup_env.sh", *(ROOT / "slurm").rglob("*.sh")]
+    found = {
+        str(path): line
+        for path in [*FILES, *scripts]
+        for line in path.read_text().splitlines()
+        if NEWER.search(line)
+    }
+    assert found == {}
+    assert [path.name for path in FILES if "tomllib" in modules(path)] == ["toml.py"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -67,7 +67,7 @@ SECTIONS = {
     "records": Section(damage.records, 1200, 300),
     "inputs": Section(inputs.generated, 10_000, 500),
     "secrets": Section(canaries.canaries, ALL, ALL),
-    "ranks": Section(broken_ranks.broken_ranks, ALL, ALL),
+    "ranks": Section(broken_ranks.broken_ranks, 60, 5),
     "hangs": Section(hangs.hangs, 100, 4),
     "slurm": Section(slurm, 300, 60, no_slurm),
 }

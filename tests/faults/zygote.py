@@ -83,6 +83,7 @@ class Zygote:
         for line in self.process.stdout:
             report = json.loads(line)
             if "started" in report:
+                self.ended.pop(report["started"], None)  # of an earlier process that had this number
                 self.started[report["number"]] = report["started"]
             else:
                 self.ended[report["ended"]] = report["status"]

@@ -88,16 +88,15 @@ def test_the_gpu_that_is_there():
         choose_device("cuda:99", 0)
 
 
-def test_threads_sleep_while_they_wait_where_somebody_else_computes():
-    def chosen(load: float, **own: str) -> dict[str, str]:
+def test_threads_soon_sleep_while_they_wait_unless_the_user_says_otherwise():
+    def chosen(**own: str) -> dict[str, str]:
         environment = dict(own)
-        share_cores(environment, load)
+        share_cores(environment)
         return environment
 
-    assert chosen(0.3) == {}
-    assert chosen(5.0) == ({} if has_nvidia_driver() else {"GOMP_SPINCOUNT": "1000"})
-    assert chosen(5.0, GOMP_SPINCOUNT="7") == {"GOMP_SPINCOUNT": "7"}
-    assert chosen(5.0, OMP_WAIT_POLICY="ACTIVE") == {"OMP_WAIT_POLICY": "ACTIVE"}
+    assert chosen() == ({} if has_nvidia_driver() else {"GOMP_SPINCOUNT": "100000"})
+    assert chosen(GOMP_SPINCOUNT="7") == {"GOMP_SPINCOUNT": "7"}
+    assert chosen(OMP_WAIT_POLICY="ACTIVE") == {"OMP_WAIT_POLICY": "ACTIVE"}
 
 
 def test_a_job_uses_no_more_cores_than_it_was_given(monkeypatch):

@@ -382,7 +382,7 @@ def enter_copy(folder: Path, entry: str, *words: str) -> None:
     """Replace this process by one that runs `entry` from the run's source copy, with `words`. Does not return."""
     script = folder / "source" / entry
     os.environ[STAGE_VARIABLE] = str(folder)
-    share_cores(os.environ, os.getloadavg()[0])
+    share_cores(os.environ)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, str(script), f"--out_dir={folder}", *words])

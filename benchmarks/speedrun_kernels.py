@@ -290,7 +290,7 @@ def gram_cases(tokens: int, device: object, choice: object) -> Iterator[Case]:
     log_kept = torch.zeros(9, dtype=torch.float64, device=device)
     rates = row_table.Rates(3, 0.95, 0.1, 0.01, 1.0, 1e-10, True)
     touched = torch.unique(flat).numel()
-    for block, warps in ((4, 4), (2, 2), (4, 2), (4, 8), (8, 4), (8, 8), (16, 8)):
+    for block, warps in ((1, 2), (1, 1), (2, 1), (2, 2), (4, 2), (8, 2), (4, 4)):
 
         def update(block: int = block, warps: int = warps) -> None:
             kept = row_table.BLOCK_ENTRIES, row_table.ENTRY_WARPS

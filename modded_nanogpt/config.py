@@ -71,7 +71,10 @@ class Config:
         -1, "steps after them at the last learning rate; -1: the recipe's", low=-1, high=10**7
     )
     lanes: int = knob(
-        0, "micro-batches in one step over all GPUs; 0: 8; 16 or 32 need less memory", low=0, high=64
+        0,
+        "micro-batches in one step over all GPUs; 0: 8, and on GPUs with little memory 16 or 32",
+        low=0,
+        high=64,
     )
     vocab_size: int = knob(0, "token ids are below this; 0: GPT-2's 50,257", low=0, high=65_536)
     data_passes: int = knob(1, "how often the training data may be gone through; a record reads it once", low=1,

@@ -59,6 +59,12 @@ class DataPlan:
             return {"shard": int(self.shard[step]), "document": int(self.first[step, 0])}
         return {"shard": int(self.shard[-1]), "document": int(self.first[-1, -1])}
 
+    def repeats_from(self) -> int | None:
+        """The first step whose text was trained on before; None where all text is read once."""
+        shards, documents = np.diff(self.shard), np.diff(self.first[:, 0])
+        back = np.flatnonzero((shards < 0) | ((shards == 0) & (documents < 0)))
+        return int(back[0]) + 1 if back.size else None
+
     def pieces(self, step: int, lane: int, inputs: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(where in their shard they begin, how long they are) of the documents of one lane: inputs + 1 tokens in all.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from modded_nanogpt import layer_plan, table_plan
-from modded_nanogpt.config import FREE, Config, Plan
+from modded_nanogpt.config import FREE, LANES, Config, Plan
 from modded_nanogpt.lanes import State
 from nanogpt.common import hardware
 from nanogpt.common.ranks import Ranks
@@ -30,6 +30,8 @@ def describe(config: Config, plan: Plan, state: State, ranks: Ranks) -> list[str
                if getattr(config, field.name) != field.default]  # fmt: skip
     if layer_plan.table_rows(config) == layer_plan.SIZES[config.recipe].table_rows:
         changed = [text for text in changed if not text.startswith("table_rows=")]
+    if plan.lanes == LANES:
+        changed = [text for text in changed if not text.startswith("lanes=")]
     return [
         plan.describe(config),
         *table_plan.describe(config, ranks.world_size, state.model.head.element_size()),

@@ -38,6 +38,7 @@ from modded_nanogpt.optim.row_table import RowTable
 from modded_nanogpt.optim.sharded import Optimizer
 from modded_nanogpt.precompile import Ahead, Graph, graphs, worth_it
 from modded_nanogpt.report import describe
+from nanogpt.common import hardware
 from nanogpt.common.errors import NonFiniteError, UserError
 from nanogpt.common.ranks import Ranks
 from nanogpt.common.rundir import RunDir
@@ -86,6 +87,12 @@ def prepare(run: RunDir, config: Config, ranks: Ranks, before: Prepared | None) 
     state = build(config, ranks)
     for line in describe(config, plan, state, ranks):
         run.say(line)
+    repeated = batches.plan.repeats_from()
+    if repeated is not None and state.table is not None:
+        run.say(
+            f"note: from step {repeated:,} on the text is repeated, and the table of n-grams learns repeated text by "
+            "heart, so the validation loss suffers; take more text, or --table_rows=0"
+        )
     _check_space(config, state, run, ranks)
     if config.warmup:
         warm_up(config, state, ranks, batches, val_batches, run.say, ahead)
@@ -301,7 +308,10 @@ def warm_up(
             f"warm-up: {counts['fxgraph_cache_hit']} graphs found in the compile caches, "
             f"{counts['fxgraph_cache_miss']} compiled, {counts['fxgraph_cache_bypass']} that torch cannot keep"
         )
-    say(f"warm-up done in {time.perf_counter() - began:.1f} s; the run starts from fresh weights")
+    peak = hardware.memory_gib(ranks.device)
+    most = "" if peak is None else f" and at most {peak:.1f} GiB of GPU memory"
+    took = f"{time.perf_counter() - began:.1f} s{most}"
+    say(f"warm-up done in {took}; the run starts from fresh weights")
 
 
 def start_or_resume(config: Config, state: State, run: RunDir, ranks: Ranks, batches: TrainBatches) -> None:

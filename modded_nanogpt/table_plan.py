@@ -1,7 +1,7 @@
-"""How large the table of hashed n-grams is: what fits into a GPU, what it costs, what a smaller one costs.
+"""What fits into a GPU: lanes, and the table of hashed n-grams; what the table costs, what a smaller one costs.
 
-Standard library only. `--table_rows=auto` becomes a number once, from the memory of the GPUs, before a run is opened;
-its config.json keeps the number, so a resume trains the same table, on another GPU too.
+Standard library only. `--lanes=0` and `--table_rows=auto` become numbers once, from the memory of the GPUs, before a
+run is opened; its config.json keeps them, so a resume trains the same lanes and table, on another GPU too.
 """
 
 import os
@@ -18,17 +18,21 @@ ENTRY_STATE = (
 WHOLE_ROWS = 1_000_000  # `auto` takes a multiple of so many
 CPU_ROWS = 65_536  # what `auto` takes where there is no GPU, of the record's table
 # What a rank needs besides the table: whatever its lanes (with the processes that compile ahead), and for lanes as
-# large as the record's. With 32 GiB on an H200, recording the lanes' graphs ran out of memory.
-OTHER_GIB, LANES_GIB = 9.0, 30.0
+# large as the record's. An H200 had 21.3 GiB of tensors at once besides the table, and 10 more in pieces and contexts.
+OTHER_GIB, LANES_GIB = 9.0, 25.0
+MOST_OTHERS = 0.6  # of the memory that may go to what is not the table before lanes are made smaller
+SMALLER_LANES = (LANES, 2 * LANES, 4 * LANES)  # that `--lanes=0` chooses from
 KEPT_BACK = 0.04  # of the memory: the driver's, and pieces too small to use
 SAVED_ROWS = 2_000_000  # of a table that checkpoints hold without --save_table
 
 
 def settle(config: Config, world_size: int, memory: int | None) -> Config:
-    """`config` with a number of rows instead of `auto`. UserError for a number that does not fit.
+    """`config` with numbers of lanes and of rows instead of 0 and `auto`. UserError for rows that do not fit.
 
     memory: bytes of the smallest GPU that a rank has; None where there is none.
     """
+    if memory is not None and not config.lanes and config.recipe not in layer_plan.CPU_RECIPES:
+        config = replace(config, lanes=_fewest_lanes(memory))
     if config.table_rows == "auto":
         return replace(config, table_rows=str(_most_rows(config, world_size, memory)))
     if memory is None:
@@ -59,10 +63,21 @@ def _most_rows(config: Config, world_size: int, memory: int | None) -> int:
     return min(wanted, max(WHOLE_ROWS, fits - fits % WHOLE_ROWS))
 
 
+def _fewest_lanes(memory: int) -> int:
+    """What `--lanes=0` takes: the record's eight, or more and smaller ones where those would leave no room."""
+    fits = [lanes for lanes in SMALLER_LANES if _others_gib(lanes) * 2**30 <= MOST_OTHERS * memory]
+    return (fits or SMALLER_LANES[-1:])[0]
+
+
+def _others_gib(lanes: int) -> float:
+    """What a rank needs besides the table."""
+    return OTHER_GIB + LANES_GIB * LANES / lanes
+
+
 def _room(config: Config, world_size: int, memory: int) -> float:
     """Bytes of a GPU that rows of the table may have."""
-    others = OTHER_GIB + LANES_GIB * LANES / lane_count(config)
-    return memory * (1 - KEPT_BACK) - others * 2**30 - cycle_bytes(config, world_size)
+    others = _others_gib(lane_count(config)) * 2**30
+    return memory * (1 - KEPT_BACK) - others - cycle_bytes(config, world_size)
 
 
 def row_bytes(config: Config, itemsize: int = 2) -> int:

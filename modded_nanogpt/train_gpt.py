@@ -108,10 +108,11 @@ def _refuse_missing_gpu(config: Config) -> None:
 
 def _gpu_memory(config: Config) -> int | None:
     """Bytes that each rank may use of its GPU; None without one. UserError when the table needs to know, and cannot."""
-    if config.device == "cpu" or not has_nvidia_driver() or not layer_plan.table_rows(config):
+    if config.device == "cpu" or not has_nvidia_driver():
         return None
     found = gpu_memory()
-    if found is None and config.table_rows == "auto" and config.recipe not in CPU_RECIPES:
+    depends = config.table_rows == "auto" and layer_plan.table_rows(config)
+    if found is None and depends and config.recipe not in CPU_RECIPES:
         raise UserError(
             "--table_rows=auto: nvidia-smi does not say how much memory the GPU has; give a number, such as "
             "--table_rows=20000000"

@@ -25,7 +25,7 @@ except ImportError:  # a CPU build of torch brings no Triton
 __all__ = ["Entries", "Rates", "look_up", "sum_entries", "update_rows_"]
 
 BLOCK_TOKENS, BLOCK_COLUMNS = 4, 256  # of a lookup's program
-BLOCK_ENTRIES, ENTRY_WARPS = 4, 4  # of one row that are read at once: most have one or two
+BLOCK_ENTRIES, ENTRY_WARPS = 1, 2  # of one row that are read at once: most have one or two
 
 
 def look_up(source: Tensor, places: Tensor, pool: Tensor, signs: Tensor) -> Tensor:

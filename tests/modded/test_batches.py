@@ -247,7 +247,12 @@ def test_too_little_data_is_refused_before_training(tmp_path):
     trained = sum((stage.end - stage.start) * stage.batch_tokens for stage in stages(SMALL))
     assert trained < needed < 5 * trained
     enough = dataclasses.replace(SMALL, data_passes=int(passes[1]))
-    assert plan_data(token_set, enough).first.shape == (14, 9)
+    repeating = plan_data(token_set, enough)
+    assert repeating.first.shape == (14, 9)
+    again = repeating.repeats_from()
+    assert again and repeating.first[again, 0] == 0 < repeating.first[again - 1, 0]
+    once = plan_data(make_set(tmp_path / "once", [random_text(rng, 300_000)], random_text(rng, 2000)), SMALL)
+    assert once.repeats_from() is None
     with pytest.raises(UserError, match="1 training file"):  # a pass fewer than that would not do
         plan_data(token_set, dataclasses.replace(SMALL, data_passes=2))
     published = make_set(tmp_path, [random_text(rng, 30_000)], random_text(rng, 2000), name="fineweb10B")

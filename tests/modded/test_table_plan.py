@@ -50,8 +50,8 @@ def test_auto_takes_what_fits():
     assert rows(table_plan.settle(config("record"), 8, 79 * GIB)) == RECORD
     alone = rows(table_plan.settle(config("record"), 1, 79 * GIB))
     assert 20_000_000 <= alone <= 40_000_000 and alone % 1_000_000 == 0
-    small = table_plan.settle(config("record", "--lanes=16"), 1, 40 * GIB)
-    assert rows(table_plan.settle(config("record"), 1, 40 * GIB)) < rows(small) < alone
+    small = table_plan.settle(config("record"), 1, 40 * GIB)
+    assert rows(table_plan.settle(config("record", "--lanes=8"), 1, 40 * GIB)) < rows(small) < alone
     assert table_plan.share_bytes(small, 1) < 25 * GIB
     assert rows(table_plan.settle(config("record"), 1, 8 * GIB)) == table_plan.WHOLE_ROWS
     assert rows(table_plan.settle(config("record", "--device=cpu"), 1, None)) == table_plan.CPU_ROWS
@@ -60,8 +60,18 @@ def test_auto_takes_what_fits():
     assert rows(table_plan.settle(config("record", "--bigram=false"), 1, 79 * GIB)) == 0
 
 
+def test_lanes_are_smaller_where_the_records_would_leave_no_room():
+    """Eight on 80 GiB, as in the record; a number that is given stays, and so does 0 without a GPU."""
+    for memory, lanes in ((139, 8), (79, 8), (44, 16), (39, 16), (23, 32), (8, 32)):
+        assert table_plan.settle(config("record"), 1, memory * GIB).lanes == lanes
+        assert table_plan.settle(config("snapshot"), 1, memory * GIB).lanes == lanes
+    assert table_plan.settle(config("record", "--lanes=8"), 1, 39 * GIB).lanes == 8
+    assert table_plan.settle(config("record", "--device=cpu"), 1, None).lanes == 0
+    assert table_plan.settle(config("tiny"), 1, 39 * GIB).lanes == 0
+
+
 def test_a_number_stays_and_must_fit():
-    given = config("record", "--table_rows=38000000")
+    given = config("record", "--table_rows=38000000", "--lanes=8")
     assert table_plan.settle(given, 2, 79 * GIB) is given
     with pytest.raises(UserError, match=r"--table_rows=38000000: its 54\.6 GiB .* does, and so does auto"):
         table_plan.settle(given, 1, 79 * GIB)

@@ -130,6 +130,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _scope(item.nodeid) != CLUSTER)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """One thread for torch in the tests' own processes: several of them share the cores, and an operation on a small
+    tensor takes a hundred times as long when its threads have to wait for a core."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """For `pytest -n`: a file stays in one process, so that its fixtures are made once, and so does the cluster."""

@@ -160,6 +160,10 @@ def _scope(nodeid: str) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     """What is printed at the end; and on a CI machine (CI is set) the SLURM tests must run."""
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # a shell's `make test &`: every child would ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):  # not in one of the processes of `pytest -n`
         from tests.suite_cost import SuiteCost
 

@@ -20,10 +20,10 @@ from tests.modded.forked import finished, launch
 from tests.modded.refusals import refused
 
 ROOT = Path(__file__).resolve().parents[2]
-VOCAB, EOT, STEPS = 512, 511, 6
+VOCAB, EOT, STEPS = 512, 511, 8
 HAS_GPU = has_nvidia_driver()
 FLAGS = (
-    "tiny", "--dataset=tiny", f"--vocab_size={VOCAB}", "--prefix=false", "--steps=5", "--extension_steps=1",
+    "tiny", "--dataset=tiny", f"--vocab_size={VOCAB}", "--prefix=false", "--steps=7", "--extension_steps=1",
     "--eval_interval=3", "--eval_tokens=2048", "--eval_slice=1024", "--warmup=false", "--num_threads=1",
     "--device=cpu",
 )  # fmt: skip
@@ -122,7 +122,7 @@ def test_killed_and_told_to_stop_it_resumes_exactly(data, fork, undisturbed, tmp
     """
     out = tmp_path / "run"
     (child,) = fork(out, "--save_interval=2", "--warmup=true")
-    wait_for(lambda: any((out / "checkpoints").glob("step_*")) or child.status is not None)
+    wait_for(lambda: (out / "checkpoints" / "step_00000002").exists() or child.status is not None)
     os.kill(child.pid, signal.SIGKILL)
     said, _ = finished([child], status=-signal.SIGKILL)
     assert "warm-up done" in said

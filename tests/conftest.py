@@ -126,8 +126,9 @@ def trainer(zygote, tiny_data: Path, tmp_path: Path):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs the SLURM cluster comes first: in `make test` one process begins with it, and mostly waits."""
-    items.sort(key=lambda item: _scope(item.nodeid) != CLUSTER)
+    """What takes longest comes first, so that the processes of `make test` end together; one mostly waits for SLURM."""
+    first = {scope: place for place, scope in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(_scope(item.nodeid), len(first)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -150,6 +151,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 CLUSTER = "tests/slurm"
+LONGEST = (
+    CLUSTER,
+    "tests/docs/test_docs.py",
+    "tests/modded/test_train_gpt.py",
+    "tests/tools/test_quickstart.py",
+    "tests/tools/leaderboard/test_honest_runs.py",
+    "tests/tools/test_repro.py",
+    "tests/modded/test_many_runs.py",
+    "tests/modded/test_train_gpt_simple.py",
+    "tests/modded/kernels/test_interpreted.py",
+    "tests/modded/kernels/test_launches.py",
+)
 
 
 def _scope(nodeid: str) -> str:

@@ -168,7 +168,7 @@ LONGEST = (
 def _scope(nodeid: str) -> str:
     """The file of a test, or CLUSTER for those that share the SLURM cluster."""
     file = nodeid.split("::")[0]
-    return CLUSTER if file.startswith(f"{CLUSTER}/") and not file.endswith("test_branches.py") else file
+    return CLUSTER if file.startswith(f"{CLUSTER}/") and not file.endswith("_branches.py") else file
 
 
 def pytest_configure(config: pytest.Config) -> None:

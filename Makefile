@@ -6,7 +6,7 @@ endif
 ENV_PATH := $(or $(ENV_PATH),$(HOME)/conda_envs/nanogpt_env)
 export ENV_PATH
 export PYTHONNOUSERSITE := 1
-unexport PYTHONPATH PYTHONHOME
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 NGPUS ?= 8
 WORKERS ?= 3
 GPUS ?=

@@ -98,9 +98,8 @@ parse_options() {
         esac
         shift
     done
-    case $extras in
-        '' | *[!a-z,]*) die "--extras: '$extras': expected names of pyproject.toml's extras with commas, or none" ;;
-    esac
+    [[ $extras =~ ^[a-z,]+$ ]] ||
+        die "--extras: '$extras': expected names of pyproject.toml's extras with commas, or none"
     if [ "$dev" = yes ]; then
         if [ "$extras" = none ]; then extras=dev; else extras=$extras,dev; fi
     fi
@@ -117,10 +116,7 @@ locate() {
     . "$root/slurm/lib/settings.sh"
     env_path=${ENV_PATH:-$(engaging_setting env_path)}
     env_path=${env_path:-$HOME/conda_envs/nanogpt_env}
-    case $env_path in
-        /*) ;;
-        *) env_path=$PWD/$env_path ;;
-    esac
+    [[ $env_path = /* ]] || env_path=$PWD/$env_path
     while [ "$env_path" != "${env_path%/}" ]; do env_path=${env_path%/}; done
     case $env_path in
         '' | "$HOME" | "$root")
@@ -277,10 +273,7 @@ build_fits() { # is the installed torch of the kind that is wanted?
     local build
     [ -n "$torch_build" ] || return 0
     build=$(tool build) || return 1
-    case $torch_build:$build in
-        cpu:cpu | cuda:1* | cuda12:12*) return 0 ;;
-    esac
-    return 1
+    [[ $torch_build:$build =~ ^(cpu:cpu$|cuda:1|cuda12:12) ]]
 }
 
 install_packages() {

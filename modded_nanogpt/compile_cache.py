@@ -37,17 +37,24 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from pathlib import Path
 
+from modded_nanogpt import cache_archive
+from modded_nanogpt.cache_archive import (
+    Hashing,
+    Manifest,
+    Unusable,
+    check_name,
+    move_in,
+    private,
+    read_manifest,
+    trusted,
+)
 from nanogpt.common.compiler import FOLDERS, code_digest
 from nanogpt.common.storage import sha256_of
 
-LARGEST = 2 << 30  # bytes of one archive's files; the newest files come first
 MOST_ARCHIVES, MOST_BYTES = 8, 4 << 30  # that stay in the folder
-MOST_FILES, LARGEST_MANIFEST = 100_000, 32 << 20
 NEW_PART = 0.01  # of the files, that must be new for an archive to be worth its seconds
 TRIES = 3  # archives that are looked at, when the first ones cannot be used
 LEFT_SECONDS = 24 * 3600  # after which a temporary file's writer is no more
@@ -57,24 +64,6 @@ _SKIPPED = re.compile(r"^(\.|tmp\.)|\.(tmp|lock|pyc)$|^(lock|locks|__pycache__|p
 _UNREADABLE = (
     OSError, EOFError, zlib.error, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, RecursionError
 )  # fmt: skip
-
-
-class Unusable(Exception):
-    """An archive that is left alone; the message says why."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What stands beside an archive."""
-
-    path: Path  # of the manifest
-    sha256: str  # of the archive
-    files: dict[str, int]  # "inductor/..." or "triton/...": bytes
-
-    @property
-    def archive(self) -> Path:
-        """The archive's path."""
-        return self.path.with_suffix(".tar.gz")
 
 
 def operators() -> list[Path]:
@@ -230,12 +219,12 @@ class CompileCache:
         for name, path in self._files():
             with contextlib.suppress(OSError, Unusable):  # another job may remove what is only for a moment
                 state = path.lstat()
-                if stat.S_ISREG(state.st_mode) and _check_name(name):
+                if stat.S_ISREG(state.st_mode) and check_name(name):
                     dated.append((state.st_mtime_ns, state.st_size, name, path))
         taken, size = {}, 0
-        for _, bytes_of, name, path in sorted(dated, reverse=True)[:MOST_FILES]:
+        for _, bytes_of, name, path in sorted(dated, reverse=True)[: cache_archive.MOST_FILES]:
             size += bytes_of
-            if size > LARGEST:
+            if size > cache_archive.LARGEST:
                 break
             taken[name] = path
         return dict(sorted(taken.items()))
@@ -245,8 +234,8 @@ class CompileCache:
         sizes: dict[str, int] = {}
         temporary = self.folder / f".{platform.node()}.{os.getpid()}.{time.time_ns()}.tmp"
         try:
-            with _private(temporary) as file:
-                total = _Hashing(file)
+            with private(temporary) as file:
+                total = Hashing(file)
                 with (
                     gzip.GzipFile("", "wb", 1, total, mtime=0) as packed,
                     tarfile.open(fileobj=packed, mode="w|") as tar,
@@ -269,7 +258,7 @@ class CompileCache:
             stem = "-".join([self.environment, self.operators, self.source, sha256[:_ID]])
             archive = self.folder / f"{stem}.tar.gz"
             temporary.replace(archive)
-            with _private(temporary) as file:
+            with private(temporary) as file:
                 file.write(json.dumps({"sha256": sha256, "files": sizes}).encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -290,7 +279,7 @@ class CompileCache:
                 root.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _remove_left(root, ".restore-*")
                 temporary[room] = Path(tempfile.mkdtemp(prefix=".restore-", dir=root))
-            with _trusted(manifest.archive) as file:
+            with trusted(manifest.archive) as file:
                 if sha256_of(file) != manifest.sha256:
                     raise Unusable("its SHA-256 is not the one in its manifest")
                 file.seek(0)
@@ -306,7 +295,7 @@ class CompileCache:
             # Triton's group files last: each names files that have to be there by then.
             for name in sorted(missing - left.keys(), key=lambda name: ("/__grp__" in name, name)):
                 room, _, rest = name.partition("/")
-                _move_in(temporary[room] / rest, self._place(name))
+                move_in(temporary[room] / rest, self._place(name))
         finally:
             for path in temporary.values():
                 shutil.rmtree(path, ignore_errors=True)
@@ -331,80 +320,6 @@ class CompileCache:
                     with contextlib.suppress(OSError):
                         path.unlink(missing_ok=True)
             seen.add(code)
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest at `path`. Unusable when it is another user's, or not what `keep` writes; OSError, ValueError."""
-    with _trusted(path) as file:
-        text = file.read(LARGEST_MANIFEST + 1)
-    if len(text) > LARGEST_MANIFEST:
-        raise Unusable("its manifest is too large")
-    value = json.loads(text)
-    sha256, files = value["sha256"], value["files"]
-    if len(files) > MOST_FILES or sum(files.values()) > LARGEST:
-        raise Unusable("it is larger than what is packed here")
-    if not isinstance(sha256, str) or not all(
-        _check_name(name) and size >= 0 for name, size in files.items()
-    ):
-        raise Unusable("its manifest is damaged")
-    return Manifest(path, sha256, files)
-
-
-def _check_name(name: str) -> bool:
-    """True for a path inside of one of the folders; Unusable for any other."""
-    parts = PurePosixPath(name).parts
-    plain = len(parts) > 1 and parts[0] in FOLDERS and "/".join(parts) == name and len(name) < 1000
-    if not plain or ".." in parts or not name.isprintable() or "\\" in name:
-        raise Unusable(f"its manifest names {name[:100]!r}, which is no path inside of a cache")
-    return True
-
-
-@contextlib.contextmanager
-def _trusted(path: Path) -> Iterator[BinaryIO]:
-    """The file at `path`, open for reading, when it is this user's and nobody else may write it. Unusable, OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode):
-            raise Unusable("is not a file")
-        if state.st_uid != os.getuid():
-            raise Unusable(f"belongs to another user ({state.st_uid})")
-        if state.st_mode & 0o022:
-            raise Unusable(f"others may write it (mode {stat.S_IMODE(state.st_mode):o})")
-        yield file
-
-
-def _private(path: Path) -> BinaryIO:
-    """A new file that only this user may read and write, whatever the umask."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
-
-
-class _Hashing:
-    """Passes bytes on to a file, and hashes them."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        """Write and hash."""
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        """For gzip."""
-        self.file.flush()
-
-
-def _move_in(source: Path, target: Path) -> None:
-    """Give an unpacked file its place, unless another process has been quicker."""
-    if target.exists():
-        return
-    if target.name.startswith("__grp__"):
-        children = json.loads(source.read_text())["child_paths"]
-        moved = {name: str(target.parent / Path(path).name) for name, path in children.items()}
-        source.write_text(json.dumps({"child_paths": moved}))
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    source.replace(target)
 
 
 def _remove_left(folder: Path, pattern: str) -> None:

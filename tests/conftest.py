@@ -126,8 +126,16 @@ def trainer(zygote, tiny_data: Path, tmp_path: Path):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs the SLURM cluster comes first: in `make test` one process begins with it, and mostly waits."""
-    items.sort(key=lambda item: _scope(item.nodeid) != CLUSTER)
+    """What takes longest comes first, so that the processes of `make test` end together; one mostly waits for SLURM."""
+    first = {scope: place for place, scope in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(_scope(item.nodeid), len(first)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """One thread for torch in the tests' own processes: several of them share the cores, and an operation on a small
+    tensor takes a hundred times as long when its threads have to wait for a core."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -143,16 +151,32 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 CLUSTER = "tests/slurm"
+LONGEST = (
+    CLUSTER,
+    "tests/docs/test_docs.py",
+    "tests/modded/test_train_gpt.py",
+    "tests/tools/test_quickstart.py",
+    "tests/tools/leaderboard/test_honest_runs.py",
+    "tests/tools/test_repro.py",
+    "tests/modded/test_many_runs.py",
+    "tests/modded/test_train_gpt_simple.py",
+    "tests/modded/kernels/test_interpreted.py",
+    "tests/modded/kernels/test_launches.py",
+)
 
 
 def _scope(nodeid: str) -> str:
     """The file of a test, or CLUSTER for those that share the SLURM cluster."""
     file = nodeid.split("::")[0]
-    return CLUSTER if file.startswith(f"{CLUSTER}/") and not file.endswith("test_branches.py") else file
+    return CLUSTER if file.startswith(f"{CLUSTER}/") and not file.endswith("_branches.py") else file
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """What is printed at the end; and on a CI machine (CI is set) the SLURM tests must run."""
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # a shell's `make test &`: every child would ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):  # not in one of the processes of `pytest -n`
         from tests.suite_cost import SuiteCost
 

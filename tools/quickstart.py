@@ -182,7 +182,7 @@ def sample(folder: Path, children: Children) -> None:
         raise SystemExit(status)
 
 
-def report(folder: Path, dataset: str, data_root: str, changed: list[str]) -> None:
+def report(folder: Path, dataset: str, settings: list[str], changed: list[str]) -> None:
     """The curve, the loss beside what to expect, and where to go from here."""
     say("[4/4] the loss curve")
     run = read_run(folder)
@@ -194,7 +194,7 @@ def report(folder: Path, dataset: str, data_root: str, changed: list[str]) -> No
     say(f"validation loss   {verdict(run, dataset, changed)}")
     say(f"loss curve        {shown(folder / PNG_NAME)}")
     print_fetch_line(folder / PNG_NAME)
-    for number, command in enumerate(next_commands(folder, dataset, data_root)):
+    for number, command in enumerate(next_commands(folder, dataset, settings)):
         say(f"{'' if number else 'next':17} {command}")
     if not active():
         say(
@@ -215,14 +215,14 @@ def verdict(run: Run, dataset: str, changed: list[str]) -> str:
     return text
 
 
-def next_commands(folder: Path, dataset: str, data_root: str) -> list[str]:
-    """Three commands that go on from here, to be typed in the clone."""
+def next_commands(folder: Path, dataset: str, settings: list[str]) -> list[str]:
+    """Three commands that go on from here, to be typed in the clone; the second run has the first one's `settings`."""
     here, there = shlex.quote(shown(folder)), shlex.quote(shown(folder.with_name("wider")))
-    data = f" --data_root={shlex.quote(data_root)}" if data_root else ""
+    wider = shlex.join([f"--dataset={dataset}", *settings, "--n_embd=192"])
     start = "def " if dataset == "python_source" else "ROMEO:"
     return [
         f"python -m nanogpt.sample --out_dir={here} --start={shlex.quote(start)}",
-        f"python -m nanogpt.train quickstart --dataset={dataset} --n_embd=192 --out_dir={there}{data}",
+        f"python -m nanogpt.train {PRESET} {wider} --out_dir={there}",
         f"engaging plot {here} {there} --out=compare.png",
     ]
 
@@ -256,12 +256,11 @@ def main(argv: list[str]) -> int:
     try:
         dataset = prepare(args.dataset, data_root, children)
         say(f"[2/4] training: preset {PRESET}, in {shown(folder)} (on the GPU where there is one)")
-        trained = [PRESET, f"--dataset={dataset}", f"--out_dir={folder}"]
-        trained += [f"--data_root={data_root}"] if data_root else []
-        trained += fast_arithmetic(passed_on)
-        train(folder, [*trained, *passed_on], data_root, children)
+        settings = [f"--data_root={data_root}"] if data_root else []
+        settings += [*fast_arithmetic(passed_on), *passed_on]
+        train(folder, [PRESET, f"--dataset={dataset}", f"--out_dir={folder}", *settings], data_root, children)
         sample(folder, children)
-        report(folder, dataset, data_root, passed_on)
+        report(folder, dataset, settings, passed_on)
     except Interrupted as stopped:
         again = "make quickstart" if not argv else shlex.join(["python", "-m", "tools.quickstart", *argv])
         kept = "nothing is lost" if stopped.saved else "not saved since its last checkpoint"

@@ -58,6 +58,15 @@ def read(folder: Path) -> Lease | None:
         return None
 
 
+def stamp(folder: Path) -> tuple[int, int] | None:
+    """What changes whenever the lease is replaced: inode and time in ns, without reading it. None: it is not there."""
+    try:
+        status = (folder / NAME).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
 def refuse_live(folder: Path) -> None:
     """UserError when another process of this machine is writing this run right now."""
     old = read(folder)

@@ -33,7 +33,7 @@ from nanogpt.common.machine import share_cores
 from nanogpt.common.storage import atomic_write_json, make_folder, storage_errors
 
 STAGE_VARIABLE = "ENGAGING_RUN_DIR"  # set for the process that runs from the copy
-FENCE_SECONDS = 1.0  # how often an append looks at the lease
+FENCE_SECONDS = 1.0  # how often an append reads the lease whatever its stamp says, which NFS may remember
 # What a launcher, or the user, may have put into a run directory before the run began.
 LAUNCHER_ENTRIES = {
     "code",
@@ -61,7 +61,7 @@ class RunDir:
         self.folder, self.writes = folder, writes
         self.config: dict = read_json(folder / "config.json")
         self.lease = lease.read(folder)
-        self._checked = 0.0
+        self._checked, self._stamp = 0.0, None
         self._log: IO[str] | None = None
         self._metrics: IO[str] | None = None
         if writes:
@@ -83,8 +83,9 @@ class RunDir:
     def check_fence(self) -> None:
         """FencedError when a later attempt owns the run."""
         if self.writes and self.lease:
+            stamp = lease.stamp(self.folder)  # before reading: a replacement in between shows next time
             lease.check(self.folder, self.lease)
-            self._checked = time.monotonic()
+            self._checked, self._stamp = time.monotonic(), stamp
 
     def say(self, line: str) -> None:
         """Print a line and append it to log.txt (rank 0; silent elsewhere)."""
@@ -106,7 +107,7 @@ class RunDir:
             self._append(self._metrics, line)
 
     def _append(self, file: IO[str] | None, line: str) -> None:
-        if time.monotonic() - self._checked > FENCE_SECONDS:
+        if time.monotonic() - self._checked > FENCE_SECONDS or lease.stamp(self.folder) != self._stamp:
             self.check_fence()
         with storage_errors(self.folder):
             file.write(line + "\n")

@@ -22,12 +22,13 @@ def parquet(texts: list[str], rows: int = 16) -> bytes:
 
 
 class HubServer:
-    """`files` maps paths to bytes. The next `cuts` downloads break off after `cut_bytes`."""
+    """`files` maps paths to bytes. The next `cuts` downloads break off after `cut_bytes`; the file `held` stays out."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.cuts = self.cut_bytes = 0
         self.fail = 0  # so many of the next downloads are answered with 503
+        self.held, self.closing = "", threading.Event()
         self.downloads = 0
         self.bytes_sent = 0
         self.lock = threading.Lock()
@@ -69,6 +70,8 @@ class HubServer:
                 prefix = f"/datasets/{REPOSITORY}/resolve/"
                 if path.startswith(prefix):
                     name = path.removeprefix(prefix).partition("/")[2]
+                    if body and name == server.held:
+                        server.closing.wait()
                     if name in server.files:
                         return self.send_file(server.files[name], body)
                 self.send_response(404)
@@ -150,5 +153,6 @@ class HubServer:
 
     def close(self) -> None:
         """Stop answering."""
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()

@@ -24,15 +24,19 @@ FLAGS = ("--name=t", f"--shard_tokens={SHARD}", "--val_every=50")
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    """400 documents of words that GPT-2's vocabulary splits in many ways, 2 MB."""
+    """700 documents of words that GPT-2's vocabulary splits in many ways, 4 MB."""
     rng = random.Random(1)
     words = ["the", "Zürich", "quintessentially", "0x7f", "don't", "\n\n", "résumé", "🙂", "of", "and"]
-    return [" ".join(rng.choices(words, k=rng.randint(1, 1500))) for _ in range(400)]
+    return [" ".join(rng.choices(words, k=rng.randint(1, 1500))) for _ in range(700)]
+
+
+LAST = "plain_text/train/0003.parquet"
 
 
 @pytest.fixture
 def hub(documents: list[str]) -> Iterator[HubServer]:
-    parts = [documents[:150], documents[150:151], documents[151:400]]
+    """Four files; one thread has written shards of the first three before it asks for the last."""
+    parts = [documents[:150], documents[150:151], documents[151:680], documents[680:]]
     files = {f"plain_text/train/{number:04d}.parquet": parquet(part) for number, part in enumerate(parts)}
     server = HubServer({**files, "README.md": b"# texts"})
     yield server
@@ -110,8 +114,13 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 def test_killed_in_the_middle_and_resumed_over_bad_connections(hub, env, expected, tmp_path: Path) -> None:
-    hub.cuts, hub.cut_bytes, hub.fail = 2, 3000, 1
-    command = [sys.executable, str(PREPARE), f"--repository={REPOSITORY}", *FLAGS, "--num_workers=3"]
+    hub.cuts, hub.cut_bytes, hub.fail, hub.held = (
+        2,
+        3000,
+        1,
+        LAST,
+    )  # in the middle for certain: LAST never comes
+    command = [sys.executable, str(PREPARE), f"--repository={REPOSITORY}", *FLAGS, "--num_workers=1"]
     process = subprocess.Popen(command, env=env(hub), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(tmp_path / "data" / "t" / "t_train_000005.bin", process)
     process.send_signal(signal.SIGKILL)
@@ -119,8 +128,8 @@ def test_killed_in_the_middle_and_resumed_over_bad_connections(hub, env, expecte
     folder = tmp_path / "data" / "t"
     assert (folder / "progress.json").exists() and not (folder / "manifest.json").exists()
     assert json.loads((folder / "progress.json").read_text())["commit"] == COMMIT
-    hub.cuts = 1
-    done = prepare(env(hub), "--num_workers=1")
+    hub.cuts, hub.held = 1, ""
+    done = prepare(env(hub), "--num_workers=3")
     assert done.returncode == 0, done.stderr
     assert "shards are there; going on" in done.stdout
     assert shards(folder) == expected
@@ -133,7 +142,8 @@ def test_killed_in_the_middle_and_resumed_over_bad_connections(hub, env, expecte
 
 
 def test_ctrl_c(hub, env, tmp_path: Path) -> None:
-    command = [sys.executable, str(PREPARE), f"--repository={REPOSITORY}", *FLAGS]
+    hub.held = LAST  # it is in the middle for certain
+    command = [sys.executable, str(PREPARE), f"--repository={REPOSITORY}", *FLAGS, "--num_workers=1"]
     process = subprocess.Popen(
         command, env=env(hub), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -17,7 +17,7 @@ NOT_RUN = {  # pattern: reason
     r"git clone .*": "needs a network",
     r"cd .*": "the test's clone is the current folder",
     r"bash setup_env\.sh|source activate_env\.sh": "tests/environment runs them",
-    r"engaging watch .*": "a screen that waits for a key: test_launch.py has it on a terminal",
+    r"engaging watch .*": "a screen that waits for a key: test_advice.py has it on a terminal",
     r"engaging drill": "tests/slurm/test_drill.py",
     r"cat ~/orcd/\.quota": "Engaging's own file",
     r"module avail .*": "no module system here; test_branches.py has the scripts without one",

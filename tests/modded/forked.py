@@ -10,6 +10,7 @@ runs by the real commands besides.
 
 import importlib
 import itertools
+import json
 import os
 import socket
 from pathlib import Path
@@ -25,8 +26,8 @@ def main(argv: list[str]) -> int:
     trainer = importlib.import_module(f"modded_nanogpt.{name}")
     if name != "train_gpt_simple":
 
-        def train(folder: Path, entry: str) -> None:
-            raise SystemExit(trainer.go_on(folder, []))
+        def train(folder: Path, entry: str, runs: str = "[]") -> None:
+            raise SystemExit(trainer.go_on(folder, json.loads(runs)))
 
         rundir.enter_copy = train
         return trainer.main(words)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modded_nanogpt import compile_cache
+from modded_nanogpt import cache_archive, compile_cache
 from modded_nanogpt.compile_cache import CompileCache
 from nanogpt.common import compiler
 
@@ -242,14 +242,14 @@ def test_another_users_archive_is_refused(nodes):
 
 def test_more_than_the_limit_is_not_unpacked(nodes, monkeypatch):
     archive = archive_of(packed(nodes, CONTENT))
-    rewrite(archive, [member("inductor/a", b"1")], {"inductor/a": compile_cache.LARGEST + 1})
+    rewrite(archive, [member("inductor/a", b"1")], {"inductor/a": cache_archive.LARGEST + 1})
     second = nodes("second")
     second.cache().restore()
     assert second.files() == {} and "larger" in second.log[0]
 
 
 def test_the_newest_files_are_packed_up_to_the_limit(nodes, monkeypatch):
-    monkeypatch.setattr(compile_cache, "LARGEST", 250)
+    monkeypatch.setattr(cache_archive, "LARGEST", 250)
     node = nodes("first")
     for number in range(5):
         os.utime(node.put(f"inductor/{number}", bytes(100)), (1000 + number, 1000 + number))

@@ -8,12 +8,13 @@ from scipy import stats
 
 from modded_nanogpt import many_runs, train_gpt
 from nanogpt.common.errors import UserError
+from tests.modded.forked import finished, launch
 from tests.modded.test_train_gpt import FLAGS, data, losses, records, run  # noqa: F401 (data is a fixture)
 
 FEW = ("--runs=2", "--steps=4", "--extension_steps=1", "--target_loss=9")
 
 
-def test_a_later_run_of_a_process_is_what_it_is_alone(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_later_run_of_a_process_is_what_it_is_alone(data, zygote, tmp_path, monkeypatch, capsys):  # noqa: F811
     out = tmp_path / "several"
     said = run(data, out, *FEW)
     first, second = out / "seed-1337", out / "seed-1338"
@@ -32,7 +33,9 @@ def test_a_later_run_of_a_process_is_what_it_is_alone(data, tmp_path, monkeypatc
 
     together = losses(second), records(second, "end")[0]["val_loss"]
     shutil.rmtree(second)
-    said = run(data, out, *FEW)  # the same command trains what is missing, alone
+    said, _ = finished(
+        launch(zygote, "train_gpt", [*FLAGS, *FEW, f"--out_dir={out}"], data)
+    )  # what is missing, alone
     assert (losses(second), records(second, "end")[0]["val_loss"]) == together
     assert "2 runs: val loss " in said and len(records(first, "end")) == 1
 

@@ -14,37 +14,38 @@ from nanogpt.common import checkpoints
 from nanogpt.common.errors import UserError
 from nanogpt.common.ranks import Ranks
 from nanogpt.data import small_sets
-from tests.modded.test_train_gpt import run
+from tests.modded.forked import finished, launch
+from tests.modded.test_train_gpt import FLAGS
 from tools import cli
 
 CHARS = "abcdefghijklmnop"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(zygote, tmp_path_factory):
     """A finished run on characters, whose data set has gone."""
     folder = tmp_path_factory.mktemp("sampled")
     text = np.tile(np.arange(len(CHARS), dtype=np.uint16), 4000)
     splits = {"train": text[:40_000], "val": text[-5000:]}
     small_sets.publish("letters", folder / "data", splits, "char", len(CHARS), CHARS)
-    run(
-        folder / "data",
-        folder / "run",
+    flags = (
         "--dataset=letters",
         "--vocab_size=16",
         "--steps=12",
         "--data_passes=9",
+        f"--out_dir={folder}/run",
     )
+    finished(launch(zygote, "train_gpt", [*FLAGS, *flags], folder / "data"))
     shutil.rmtree(folder / "data")
     return folder / "run"
 
 
 def test_a_run_continues_what_it_has_learned(trained, capfd):
     assert cli.main(["sample", str(trained), "--device=cpu", "--start=abcdefghijklmnopabc", "--num_samples=2",
-                     "--max_new_tokens=20", "--temperature=0"]) == 0  # fmt: skip
+                     "--max_new_tokens=9", "--temperature=0"]) == 0  # fmt: skip
     out, err = capfd.readouterr()
     first, second, rest = out.split(f"\n{sample.RULE}\n")
-    assert first == second and rest == "" and len(first) == 19 + 20
+    assert first == second and rest == "" and len(first) == 19 + 9
     assert "checkpoint of step 13, validation loss " in err
     assert first[19:27] == "defghijk"  # the alphabet is all that there was to learn
 

@@ -75,6 +75,18 @@ def test_without_a_network_from_nothing_to_a_report_whose_commands_work(clone: P
         done = run_kit.run(clone, clone / "data", *words, *small.get(words[1], []))
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (clone / "compare.png").exists()
+    first, wider = (read_run(clone / "out" / name).config["config"] for name in ("quickstart", "wider"))
+    assert {**wider, "out_dir": ""} == {**first, "out_dir": ""}  # n_embd is that of FLAGS, appended above
+
+
+def test_the_run_to_compare_with_has_the_settings_that_the_quickstart_chose(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["--data_root=/my data", "--dtype=bfloat16", "--seed=2"]
+    _, wider, _ = quickstart.next_commands(tmp_path / "out/quickstart", "python_source", settings)
+    words = ["--dataset=python_source", *settings, "--n_embd=192", "--out_dir=out/wider"]
+    assert shlex.split(wider) == ["python", "-m", "nanogpt.train", "quickstart", *words]
 
 
 def wait_for_step(folder: Path, step: int) -> None:

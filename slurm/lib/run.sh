@@ -324,7 +324,7 @@ start_step() { # FOLDER: one task a node, in the background, so that this shell 
     options=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 --wait=300)
     if [ -n "$cpus" ]; then options+=(--cpus-per-task="$cpus"); fi
     (
-        for name in CPUS_PER_GPU CPUS_PER_TASK MEM_PER_GPU MEM_PER_NODE MEM_PER_CPU GPUS_PER_TASK NTASKS_PER_GPU; do
+        for name in CPUS_PER_{GPU,TASK} MEM_PER_{GPU,NODE,CPU} GPUS{,_PER_NODE,_PER_TASK,_PER_SOCKET} NTASKS_PER_GPU; do
             unset "SLURM_$name"
         done
         RUN_FOLDER=$1 RUN_STEP=$SLURM_JOB_ID exec srun "${options[@]}" bash "$ROOT/slurm/lib/run.sh" "$trainer" ${words[@]+"${words[@]}"}

@@ -63,6 +63,12 @@ def _launch_slurm(
     cluster, site = ask_cluster(), profile.current_site(root)
     settings.fill(args, site.path)
     args.gpus = 1 if args.gpus is None else args.gpus
+    most = slurm.largest_array() if args.seeds > 1 else None
+    if most and args.seeds > most:
+        raise UserError(
+            f"--seeds={args.seeds}: an array of this cluster holds {most} (MaxArraySize); --seeds={most}, or engaging "
+            "experiment, which makes several"
+        )
     previous = book.latest(root, name)
     only_asking = args.dry_run or args.test_only
     if previous is not None and not only_asking and (status := _still_there(cluster, previous)):

@@ -268,6 +268,14 @@ def gpus(text: str | None) -> dict[str, int]:
     return found
 
 
+def largest_array() -> int | None:
+    """Tasks that one array may have (MaxArraySize is the first index refused); None where SLURM does not say."""
+    found = re.search(
+        r"^MaxArraySize\s*=\s*([0-9]{1,8})\s*$", ask(["scontrol", "show", "config"]).out, re.MULTILINE
+    )
+    return max(1, int(found[1]) - 1) if found else None
+
+
 def memory_mb(text: str) -> int | None:
     """`386000`, `8G`, `1.5T`, `512M` in MB."""
     match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?)([KMGTP]?)(?:B|n|c)?", text.strip())

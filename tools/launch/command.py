@@ -42,7 +42,12 @@ def main(argv: list[str]) -> int:
     target = presets.resolve(root, args.preset)
     presets.need_trainer(root, target)
     name = args.name or f"{target.name}-{time.strftime('%m%d-%H%M%S')}"
-    launch = _launch_here if args.local or not slurm.available() else _launch_slurm
+    here = args.local or not slurm.available()
+    if here and not args.local and (sign := slurm.sign_of_cluster()):
+        raise UserError(
+            f"sbatch: not on PATH, and {sign}: load SLURM's module, or --local to run it on this machine"
+        )
+    launch = _launch_here if here else _launch_slurm
     if args.dry_run or args.test_only:
         return launch(args, root, target, name, overrides)
     with contextlib.ExitStack() as stack:

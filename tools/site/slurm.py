@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nanogpt.common.errors import CommandError, UserError
 
@@ -173,6 +174,16 @@ class Job:
 def available() -> bool:
     """Whether SLURM's commands are here."""
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
+
+
+def sign_of_cluster() -> str:
+    """What says that this machine belongs to a cluster whose sbatch is not on PATH; "" for nothing."""
+    if os.environ.get("SLURM_CONF"):
+        return "SLURM_CONF is set"
+    found = next((name for name in ("srun", "squeue", "sinfo", "scontrol") if shutil.which(name)), "")
+    if found:
+        return f"{found} is there"
+    return "there is /etc/slurm/slurm.conf" if Path("/etc/slurm/slurm.conf").is_file() else ""
 
 
 def need_slurm(what: str) -> None:

@@ -148,5 +148,10 @@ EXITS = {
         "nothing: the newer one goes on",
     ),
     "127": ("a program was not found: the environment is missing on the node", "bash setup_env.sh"),
+    "134": ("a program in it aborted", "the log's end says which: {log}"),
+    "139": (
+        "a program in it crashed (segmentation fault)",
+        "engaging doctor, in a job too; the log's end: {log}",
+    ),
     "137": ("it was killed, often for its memory", "--mem with twice of it"),
 }

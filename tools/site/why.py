@@ -268,7 +268,13 @@ def _fits(row: dict[str, str], request: Request, cluster: Cluster) -> str:
 
 
 def _failed(exit_code: str, text: str, remedy: str) -> tuple[str, str]:
-    return EXITS.get(exit_code.partition(":")[0], (text, remedy))
+    """`2:0` is status 2; `0:9` is a program that signal 9 ended, which a shell calls 137; 125 is for its memory."""
+    status, _, signal = exit_code.partition(":")
+    if (status, signal) == ("0", "125"):
+        return ENDS["OUT_OF_MEMORY"]
+    if status == "0" and signal.isdigit():
+        status = str(128 + int(signal))
+    return EXITS.get(status, (text, remedy))
 
 
 def _running(row: dict[str, str]) -> str:

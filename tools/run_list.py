@@ -86,7 +86,7 @@ def _state(run: Run) -> str:
     """`finished, step 500 of 500, val 1.8862`."""
     if run.status == "empty":
         return "no step yet"
-    parts = [run.status, f"step {run.step}" + (f" of {run.max_steps}" if run.max_steps else "")]
+    parts = [run.standing, f"step {run.step}" + (f" of {run.max_steps}" if run.max_steps else "")]
     parts += [f"val {run.val_loss:.4f}"] if run.val_loss is not None else []
     return printable(", ".join(parts))
 

@@ -13,14 +13,17 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanogpt.common.source import LAST_LINE
+from tools.args import words
 
 MAX_LINE = 1 << 20  # a longer line of metrics.jsonl is no metric
 TAIL_BYTES = 64 << 10
+SILENT_S = 15 * 60  # compiling, or validating on a slow machine, takes less
 NOTE = "note.txt"  # what the user wrote down about a run
 NOTE_LENGTH = 300  # characters of it that are shown
 
@@ -71,6 +74,7 @@ class Run:
     val: list[ValPoint] = field(default_factory=list)
     events: list[dict] = field(default_factory=list)  # every other line, in order: start, resume, save, end
     skipped_lines: int = 0
+    written: float = 0.0  # when its metrics last grew, seconds since the epoch; 0: not known
 
     @property
     def name(self) -> str:
@@ -125,6 +129,14 @@ class Run:
                 return "running"
         return "running" if self.train else "empty"
 
+    @property
+    def standing(self) -> str:
+        """`status`; of a run that is said to run and has been silent for long, since when: it may have been killed."""
+        silent = time.time() - self.written if self.written else 0.0
+        if self.status != "running" or silent < SILENT_S:
+            return self.status
+        return f"cut off? silent for {words(silent / 60)}"
+
     def step_ms(self, last: int = 20) -> float | None:
         """The median of the last step times in milliseconds."""
         times = [p.ms for p in self.train[-last:] if p.ms]
@@ -171,6 +183,7 @@ def read_run(path: Path) -> Run:
     run = Run(
         path, config=_read_json(path / "config.json"), environment=_read_json(path / "environment.json")
     )
+    run.written = _mtime(path / "metrics.jsonl") or 0.0
     train: dict[int, TrainPoint] = {}
     val: dict[int, ValPoint] = {}
     for record in metrics(path / "metrics.jsonl", run):

@@ -148,6 +148,10 @@ choose_gpus() { # sets gpus: the allocation's number, or NUM_GPUS where that is 
     allocated=$(gpus_on_node)
     gpus=${NUM_GPUS:-$allocated}
     if ! in_job; then return; fi
+    if [ -n "${SLURM_GPUS_PER_NODE:-}" ] && [[ $(job_field TresPerNode) == *gpu*,*gpu* ]]; then
+        warn "--gpus-per-node=$SLURM_GPUS_PER_NODE: SLURM takes the script's --gres instead, so this job has" \
+            "$allocated on each node; submit with --gres=gpu:$SLURM_GPUS_PER_NODE"
+    fi
     if [ -n "${GPU_TYPE:-}" ]; then
         type=$(gpu_type_of_job)
         if [ -n "$type" ] && [ "$type" != "$GPU_TYPE" ]; then

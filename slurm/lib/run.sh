@@ -324,7 +324,7 @@ start_step() { # FOLDER: one task a node, in the background, so that this shell 
     options=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 --wait=300)
     if [ -n "$cpus" ]; then options+=(--cpus-per-task="$cpus"); fi
     (
-        for name in CPUS_PER_GPU CPUS_PER_TASK MEM_PER_GPU MEM_PER_NODE MEM_PER_CPU GPUS_PER_TASK NTASKS_PER_GPU; do
+        for name in CPUS_PER_{GPU,TASK} MEM_PER_{GPU,NODE,CPU} GPUS{,_PER_NODE,_PER_TASK,_PER_SOCKET} NTASKS_PER_GPU; do
             unset "SLURM_$name"
         done
         RUN_FOLDER=$1 RUN_STEP=$SLURM_JOB_ID exec srun "${options[@]}" bash "$ROOT/slurm/lib/run.sh" "$trainer" ${words[@]+"${words[@]}"}
@@ -333,28 +333,22 @@ start_step() { # FOLDER: one task a node, in the background, so that this shell 
 }
 
 requeue_or_explain() { # HOW the trainer ended (default: saved); the job starts again later and goes on
-    local name state again how=${1:-saved}
+    local name state again how=${1:-saved} left=""
     name=$(job_name)
     again="submit it again, and it goes on from the checkpoint"
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
-        say "--- $how; job $name has restarted ${SLURM_RESTART_COUNT:-0} times (MAX_RESTARTS): $again"
-        return
+        left="job $name has restarted ${SLURM_RESTART_COUNT:-0} times (MAX_RESTARTS): $again"
+    elif [ "$(job_field BatchFlag)" = 0 ]; then
+        left="job $name is interactive: $again"
+    elif [ -e "$(flag_value out_dir)/stop" ]; then
+        left="the run was stopped by its file 'stop': remove that, then $again"
+    elif state=$(job_field JobState) && [ -n "$state" ] && [ "$state" != RUNNING ]; then
+        left="job $name is $state and is left so"
+    elif ! command -v scontrol >/dev/null 2>&1; then
+        left="scontrol is not on PATH, so the job cannot requeue itself: $again"
     fi
-    if [ "$(job_field BatchFlag)" = 0 ]; then
-        say "--- $how; job $name is interactive: $again"
-        return
-    fi
-    if [ -e "$(flag_value out_dir)/stop" ]; then
-        say "--- $how; the run was stopped by its file 'stop': remove that, then $again"
-        return
-    fi
-    state=$(job_field JobState)
-    if [ -n "$state" ] && [ "$state" != RUNNING ]; then
-        say "--- $how; job $name is $state and is left so"
-        return
-    fi
-    if ! command -v scontrol >/dev/null 2>&1; then
-        say "--- $how; scontrol is not on PATH, so the job cannot requeue itself: $again"
+    if [ -n "$left" ]; then
+        say "--- $how; $left"
         return
     fi
     say "--- $how; job $name requeues itself and will go on" # before: SLURM may end this shell before scontrol returns

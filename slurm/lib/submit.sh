@@ -132,12 +132,24 @@ ask_sbatch() { # WORDS...: submits, prints sbatch's answer
         tries=$((tries + 1))
         if [ "$tries" -eq 15 ] || [[ $errors != *"Invalid generic resource"* ]]; then
             printf '%s\n' "$errors" >&2
-            return 1
+            die "sbatch refused it (above); $(remedy_for "$errors")"
         fi
         if [ "$tries" -eq 1 ]; then warn "SLURM does not know its GPUs yet; asking again for half a minute"; fi
         sleep 2
     done
     if [ -n "$errors" ]; then printf '%s\n' "$errors" >&2; fi
+}
+
+remedy_for() { # ERRORS: of sbatch
+    local most
+    case $1 in
+        *"job array"*)
+            most=$(scontrol show config 2>/dev/null | sed -n 's/^MaxArraySize *= *//p')
+            echo "indices of --array stay below ${most:-MaxArraySize (scontrol show config)} on this cluster"
+            ;;
+        *"job submit limit"*) echo "it is over a limit of yours, such as that of jobs in the queue (squeue --me -r lists them)" ;;
+        *) echo "engaging plan shows what this cluster takes" ;;
+    esac
 }
 
 submit() { # SCRIPT [ARGS...]: prints the line and submits (DRY_RUN=1: only prints); sets job
@@ -146,8 +158,7 @@ submit() { # SCRIPT [ARGS...]: prints the line and submits (DRY_RUN=1: only prin
     show_command "${options[@]}" "${script#"$ROOT"/}" "$@"
     job=
     if [ "${DRY_RUN:-0}" = 1 ]; then return; fi
-    job=$(ask_sbatch "${options[@]}" "${script#"$ROOT"/}" "$@") ||
-        die "sbatch refused it (above); engaging plan shows what this cluster takes"
+    job=$(ask_sbatch "${options[@]}" "${script#"$ROOT"/}" "$@") || exit
     job=$(job_number "$job")
     [ -n "$job" ] || die "sbatch: no job's number in its answer; squeue --me shows whether it took the job"
     say "submitted job $job; its log: logs/$(header_value "$script" job-name)-$job.out;" \

@@ -126,6 +126,43 @@ def test_a_time_names_its_source(home):
     assert too_short(home, "gpt2", 120) == too_short(home, "nanogpt", 4) == ""
 
 
+def test_a_time_comes_from_a_scripts_run_and_from_the_labs_board(home, monkeypatch):
+    board = home / "board" / "records"
+    board.mkdir(parents=True)
+    monkeypatch.setenv("ENGAGING_BOARD", str(home / "board"))
+    assert "not a measurement" in past(home, "speedrun", 8)
+    a_record(board, "a" * 16, "2026-01-02", 900.0, "Ada")
+    a_record(board, "b" * 16, "2026-03-04", 600.0, "Bob")
+    a_record(board, "c" * 16, "2026-05-06", 300.0, "taken back")
+    (home / "board" / "retracted").mkdir()
+    (home / "board" / "retracted" / f"{'c' * 16}.json").touch()
+    said = past(home, "speedrun", 8)
+    assert said.startswith("no run of it has finished here; the lab's newest record (Bob, 2026-03-04)"), said
+    assert said.endswith(" trained for 10 min on 8 x NVIDIA H100"), said
+    assert "1 further job at least" in too_short(home, "speedrun", 60, 1) and not too_short(
+        home, "speedrun", 60, 8
+    )
+    record = {"extension_steps": 40, "recipe": "record"}
+    a_run(home, "speedrun-12", 3.28, {**record, "recipe": "tiny"}, seconds=60.0)
+    a_run(home, "speedrun-smoke", 9.0, record, seconds=1.0)
+    assert past(home, "speedrun", 8) == said, "a small recipe, or a smoke run, says nothing about it"
+    a_run(home, "speedrun-13", 3.28, record, gpus=["NVIDIA H200"] * 2, seconds=1800.0)
+    assert past(home, "speedrun", 2) == "your run speedrun-13 trained for 30 min on 2x NVIDIA H200"
+
+
+def a_record(folder, name, day, seconds, who):
+    digest = "0" * 64
+    blob = {"sha256": digest, "bytes": 1}
+    run = {"seed": 1, "val_loss": 3.27, "seconds": seconds, "files": {"log.txt": blob}}
+    said = {
+        "format": "engaging-nanogpt submission 1", "id": name, "kind": "record", "track": "track1",
+        "description": "d", "contributors": [who], "log_url": "", "submitted": f"{day}T00:00:00+00:00",
+        "seconds": seconds, "steps": 10, "mean_loss": 3.27, "p_value": 0.001, "gpu": "NVIDIA H100",
+        "world_size": 8, "source_sha256": digest, "recipe_sha256": digest, "runs": [run], "data": None,
+    }  # fmt: skip
+    (folder / f"{name}.json").write_text(json.dumps(said))
+
+
 def test_our_figures_are_those_of_their_homes(root):
     assert f"| {estimate.OURS:,} |" in (root / "docs/performance.md").read_text()
     for preset, tokens in estimate.TOKENS.items():

@@ -53,7 +53,13 @@ def engaging(checkout, run_python, tmp_path):
         (programs / name).symlink_to(shutil.which(name))
 
     def run(*args: object, **env: str) -> subprocess.CompletedProcess:
-        full = {"PATH": str(programs), "PYTHONPATH": str(ROOT), "ENV_PATH": sys.prefix, **env}
+        full = {
+            "PATH": str(programs),
+            "PYTHONPATH": str(ROOT),
+            "ENV_PATH": sys.prefix,
+            "SLURM_CONF": "",
+            **env,
+        }
         return run_python("-m", "tools", *args, cwd=checkout, env=full)
 
     return run
@@ -122,6 +128,19 @@ def test_a_reused_process_id_is_not_ours(checkout):
 def test_what_needs_slurm_is_refused(engaging, words, said):
     done = engaging("launch", "quickstart", *words)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_on_a_cluster_without_sbatch_nothing_runs_here_unless_asked(engaging, checkout, tmp_path):
+    """Case G10: the job would train where it was submitted."""
+    done = engaging("launch", "quickstart", "--dry-run", SLURM_CONF="/shared/slurm.conf")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "error: sbatch: not on PATH, and SLURM_CONF is set: load SLURM's module, or --local to run it on this machine\n"
+    )
+    (tmp_path / "bin" / "srun").symlink_to("/bin/true")
+    done = engaging("launch", "quickstart", "--dry-run")
+    assert done.returncode == 2 and "and srun is there: load" in done.stderr
+    assert engaging("launch", "quickstart", "--dry-run", "--local").returncode == 0
 
 
 def test_dry_run_prints_the_commands(engaging, checkout):

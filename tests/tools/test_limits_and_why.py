@@ -224,6 +224,9 @@ def test_every_reason_and_end_formats(cluster):
         ("74:0", "quota"),
         ("76:0", "newer attempt"),
         ("1:0", "log"),
+        ("0:9", "it was killed, often for its memory"),
+        ("0:11", "segmentation fault"),
+        ("0:125", "more host memory than it asked for"),
     ],
 )
 def test_failures_by_exit_status(cluster, code, said):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def test_what_each_run_changed_and_the_note(tmp_path: Path, capsys) -> None:
     assert beside[1] == "changed since first: lr: 0.1 -> 0.2; model.py: +2 -1"
     listed(capsys, last, "--note", "")
     assert not (last / "note.txt").exists()
+
+
+def test_a_run_that_was_killed_does_not_pass_for_running(tmp_path: Path, capsys) -> None:
+    metrics = write(tmp_path / "killed", 1) / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    assert listed(capsys, tmp_path)[0] == "killed  running, step 9, val 2.0000"
+    os.utime(metrics, (time.time() - 7200,) * 2)
+    assert listed(capsys, tmp_path)[0] == "killed  cut off? silent for 2 h, step 9, val 2.0000"
 
 
 def test_damaged_and_hostile_runs_are_listed_all_the_same(tmp_path: Path, capsys) -> None:

@@ -51,7 +51,7 @@ def test_recorded_partitions_and_nodes():
         )
         == 16
     )
-    assert "[gpu_types.h200]\ngpus_per_node = 8" in site_text("x", cluster, date(2026, 1, 1))
+    assert "[gpu_types.h200]\ngpus_per_node = 8" in site_text("x", "x", cluster, date(2026, 1, 1))
 
 
 def test_recorded_queue_limits_and_accounts():

@@ -122,11 +122,8 @@ def submit_runs(
 
 
 def largest_array() -> int:
-    """Tasks that one array may have: MaxArraySize is the first index that is refused."""
-    found = re.search(
-        r"^MaxArraySize\s*=\s*([0-9]{1,8})\s*$", slurm.ask(["scontrol", "show", "config"]).out, re.MULTILINE
-    )
-    return max(1, min(LARGEST_ARRAY, int(found[1]) - 1)) if found else LARGEST_ARRAY
+    """Tasks that one array may have."""
+    return min(LARGEST_ARRAY, slurm.largest_array() or LARGEST_ARRAY)
 
 
 def _say_submitted(ids: list[str]) -> None:

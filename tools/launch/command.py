@@ -42,7 +42,12 @@ def main(argv: list[str]) -> int:
     target = presets.resolve(root, args.preset)
     presets.need_trainer(root, target)
     name = args.name or f"{target.name}-{time.strftime('%m%d-%H%M%S')}"
-    launch = _launch_here if args.local or not slurm.available() else _launch_slurm
+    here = args.local or not slurm.available()
+    if here and not args.local and (sign := slurm.sign_of_cluster()):
+        raise UserError(
+            f"sbatch: not on PATH, and {sign}: load SLURM's module, or --local to run it on this machine"
+        )
+    launch = _launch_here if here else _launch_slurm
     if args.dry_run or args.test_only:
         return launch(args, root, target, name, overrides)
     with contextlib.ExitStack() as stack:
@@ -63,6 +68,12 @@ def _launch_slurm(
     cluster, site = ask_cluster(), profile.current_site(root)
     settings.fill(args, site.path)
     args.gpus = 1 if args.gpus is None else args.gpus
+    most = slurm.largest_array() if args.seeds > 1 else None
+    if most and args.seeds > most:
+        raise UserError(
+            f"--seeds={args.seeds}: an array of this cluster holds {most} (MaxArraySize); --seeds={most}, or engaging "
+            "experiment, which makes several"
+        )
     previous = book.latest(root, name)
     only_asking = args.dry_run or args.test_only
     if previous is not None and not only_asking and (status := _still_there(cluster, previous)):

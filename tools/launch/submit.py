@@ -221,6 +221,5 @@ REMEDIES = {
     "invalid partition": "sinfo lists the partitions",
     "job violates accounting/qos policy": "it is over one of your own limits: engaging plan names it",
     "maxsubmit": "you have as many jobs in the queue as you may: wait, or cancel some",
-    "invalid job array": "scontrol show config | grep MaxArraySize says how many there may be: fewer --seeds",
     "invalid reservation": "scontrol show reservation lists them",
 }

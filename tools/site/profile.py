@@ -5,6 +5,7 @@ always wins.
 """
 
 import os
+import sys
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -121,13 +122,17 @@ def default_memory(site: Site, cluster: Cluster, partition: str, gpus: int, kind
     return max(1000, min(site.memory_mb_per_gpu(kind) or GENERIC_MEMORY_MB, share)) * gpus
 
 
-def site_text(name: str, cluster: Cluster, today: date) -> str:
+def site_text(name: str, clusters_name: str, cluster: Cluster, today: date) -> str:
     """A site file for the cluster that answered: its partitions, its GPU types and their shares of a node."""
+    # For what a login node hands on (`make quickstart`): where there are no GPUs, and the shortest limit.
+    cpu = [p for p in cluster.partitions.values() if p.up and p.max_minutes and not cluster.gpu_types(p.name)]
+    test = min(cpu, key=lambda p: p.max_minutes or 0, default=None)
     lines = [
         f"# {name}: asked of SLURM on {today}. Defaults only: every command asks the live cluster again.",
         f'name = "{name}"',
         f'as_of = "{today}"',
-        f'cluster_names = ["{name}"]',
+        f'cluster_names = ["{clusters_name or name}"]',
+        *([f'test_partition = "{test.name}"'] if test else []),
         "",
         "[defaults]",
         f"cpus_per_gpu = {GENERIC_CPUS}",
@@ -177,7 +182,7 @@ def main(argv: list[str]) -> int:
     slurm.need_slurm("engaging site init")
     name = args.name or cluster_name()
     name_of("name")(name)
-    text = site_text(name, ask_cluster(), date.today())
+    text = site_text(name, cluster_name(), ask_cluster(), date.today())
     if args.print:
         print(text, end="")
         return 0
@@ -187,6 +192,16 @@ def main(argv: list[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text)
     print(f"written: {path.relative_to(root)}; read it, then: engaging plan gpt2 --gpus 1")
+    if (first := current_site(root).path) not in (path, None):
+        what = (
+            "names this cluster too and comes first"
+            if not os.environ.get("ENGAGING_SITE")
+            else "is ENGAGING_SITE"
+        )
+        print(
+            f"note: {first.relative_to(root)} {what}; export ENGAGING_SITE={name} takes yours",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -139,11 +139,19 @@ EXITS = {
         "a smaller --learning_rate; the last checkpoint is good",
     ),
     "74": ("the disk or a quota is full, or the file system failed", "engaging doctor names the quota"),
-    "75": ("it was interrupted after it had saved", "launch the same name again: it goes on"),
+    "75": (
+        "it was interrupted after it had saved, and may not requeue itself",
+        "the same line again goes on with it; the log's end says why it stopped: {log}",
+    ),
     "76": (
         "a newer attempt owns the run; this one stopped without touching it",
         "nothing: the newer one goes on",
     ),
     "127": ("a program was not found: the environment is missing on the node", "bash setup_env.sh"),
+    "134": ("a program in it aborted", "the log's end says which: {log}"),
+    "139": (
+        "a program in it crashed (segmentation fault)",
+        "engaging doctor, in a job too; the log's end: {log}",
+    ),
     "137": ("it was killed, often for its memory", "--mem with twice of it"),
 }

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nanogpt.common.errors import CommandError, UserError
 
@@ -175,6 +176,16 @@ def available() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
+def sign_of_cluster() -> str:
+    """What says that this machine belongs to a cluster whose sbatch is not on PATH; "" for nothing."""
+    if os.environ.get("SLURM_CONF"):
+        return "SLURM_CONF is set"
+    found = next((name for name in ("srun", "squeue", "sinfo", "scontrol") if shutil.which(name)), "")
+    if found:
+        return f"{found} is there"
+    return "there is /etc/slurm/slurm.conf" if Path("/etc/slurm/slurm.conf").is_file() else ""
+
+
 def need_slurm(what: str) -> None:
     """UserError unless SLURM's commands are here."""
     if not available():
@@ -266,6 +277,14 @@ def gpus(text: str | None) -> dict[str, int]:
             kind = (match[1] or "").lower()
             found[kind] = found.get(kind, 0) + int(match[2] or 1)
     return found
+
+
+def largest_array() -> int | None:
+    """Tasks that one array may have (MaxArraySize is the first index refused); None where SLURM does not say."""
+    found = re.search(
+        r"^MaxArraySize\s*=\s*([0-9]{1,8})\s*$", ask(["scontrol", "show", "config"]).out, re.MULTILINE
+    )
+    return max(1, int(found[1]) - 1) if found else None
 
 
 def memory_mb(text: str) -> int | None:

@@ -235,11 +235,11 @@ def _run_lines(run: Run, width: int, runs: bool = True) -> list[str]:
         return ["no step yet" + (": compiling or loading data" if runs else "")]
     last = run.train[-1] if run.train else None
     total = f" of {run.max_steps}" if run.max_steps else ""
-    parts = [f"{run.status}", f"step {run.step}{total}"]
+    parts = [run.standing, f"step {run.step}{total}"]
     parts += [f"loss {run.loss:.4f}"] if run.loss is not None else []
     parts += [f"val {run.val_loss:.4f} (best {run.best_val.val_loss:.4f})"] if run.best_val else []
     eta = run.eta_s()
-    parts += [f"ETA {words(eta / 60)}"] if eta is not None and run.status == "running" else []
+    parts += [f"ETA {words(eta / 60)}"] if eta is not None and run.standing == "running" else []
     parts += [f"attempt {run.attempts}"] if run.attempts > 1 else []
     found = ["  ".join(parts)]
     if last is not None:

@@ -71,8 +71,7 @@ def explain(row: dict[str, str], cluster: Cluster) -> Explanation:
     request = request_of(row)
     values = {"id": job, "log": log, "more": "N"}
     if "{gpus}" in remedy or "{cpus}" in remedy or "{memory}" in remedy:
-        detail, remedy = _quota(row, request, cluster, remedy)
-        text += detail
+        text, remedy = _quota(row, request, cluster, text, remedy)
     elif "{time}" in remedy:
         remedy = _time_flag(row, request, cluster)
     elif "{group}" in remedy:
@@ -97,11 +96,17 @@ def request_of(row: dict[str, str]) -> Request:
     found = slurm.gpus(row.get("TresPerNode")) or slurm.gpus(row.get("TresPerJob"))
     asked = slurm.tres(row.get("ReqTRES") or row.get("TRES"))
     kind = next((name for name in found if name), None)
-    gpus = sum(found.values()) or asked.get("gres/gpu", 0) // max(nodes, 1)
-    cpus = slurm._int(row.get("NumCPUs", "").split("-")[0]) or asked.get("cpu", 1)
+    gpus = asked.get("gres/gpu", 0) // max(nodes, 1) or sum(found.values())
+    cpus = (slurm._int(row.get("NumCPUs", "").split("-")[0]) or asked.get("cpu", 1)) // max(nodes, 1)
+    # Until a job starts, NumCPUs counts no cores that it wants by the GPU, and the limits do.
+    cpus = max(1, cpus, gpus * _cpus_per_gpu(row))
     minutes = parse_minutes(row.get("TimeLimit", "")) or 60
-    return Request(gpus, kind, minutes, nodes, max(1, cpus // max(nodes, 1)), asked.get("mem"),
+    return Request(gpus, kind, minutes, nodes, cpus, asked.get("mem"),
                    _known(row.get("Account")), _known(row.get("QOS")))  # fmt: skip
+
+
+def _cpus_per_gpu(row: dict[str, str]) -> int:
+    return slurm.gpus(row.get("CpusPerTres")).get("", 0)
 
 
 def main(argv: list[str]) -> int:
@@ -142,43 +147,55 @@ def _pending(reason: str) -> tuple[str, str, str]:
     )
 
 
-def _quota(row: dict[str, str], request: Request, cluster: Cluster, remedy: str) -> tuple[str, str]:
+def _quota(
+    row: dict[str, str], request: Request, cluster: Cluster, text: str, remedy: str
+) -> tuple[str, str]:
     """The figures of a per-user limit: asked, allowed, held now; and the flag that fits under it."""
-    name, job = row.get("Partition", "").split(",")[0], row.get("JobId", "")
+    name = row.get("Partition", "").split(",")[0]
     if name not in cluster.partitions:
-        return "", "engaging plan shows your limits"
+        return text, "engaging plan shows your limits"
     partition = cluster.partitions[name]
     held = cluster.used(partition=name)
+    cap, qos = gpu_cap(cluster, partition, request)
+    if "{gpus}" not in remedy and cap is not None and request.all_gpus > cap:
+        text, remedy = "the GPUs one user may hold", "{gpus}"  # SLURM names one limit; this one never passes
     if "{gpus}" in remedy:
         per_job = row.get("Reason", "").lower().endswith("perjob")
-        cap, qos = gpu_cap(cluster, partition, request, per_job)
+        if per_job:
+            cap, qos = gpu_cap(cluster, partition, request, per_job)
         if cap is None:
-            return "", "ask for fewer GPUs (engaging plan shows your limits)"
-        detail = f": it asks for {request.all_gpus}, {qos!r} allows {cap}"
-        detail += "" if per_job else f", you hold {held['gres/gpu']} there now"
-        if request.all_gpus <= cap:
-            return detail, "wait until your other jobs end, or cancel one"
-        kind = f"{request.gpu_type}:" if request.gpu_type else ""
-        elsewhere = _elsewhere(cluster, request, name)
-        fits = max(1, cap // request.nodes)  # gres counts a node's
-        flag = f"scontrol update JobId={job} Gres=gpu:{kind}{fits}  (or --gpus {fits} when you launch it)"
-        if cap < request.nodes:
-            flag = f"scancel {job}, then again with --nodes={cap} at most"
-        return detail, flag + (f"; for {counted(request.all_gpus, 'GPU')}: {elsewhere}" if elsewhere else "")
+            return text, "ask for fewer GPUs (engaging plan shows your limits)"
+        text += f": it asks for {request.all_gpus}, {qos!r} allows {cap}"
+        text += "" if per_job else f", you hold {held['gres/gpu']} there now"
+        return text, _fewer_gpus(row, request, cluster, name, cap)
     key = "cpu" if "{cpus}" in remedy else "mem"
-    for qos in effective_qos(cluster, partition, request):
-        limit = qos.per_user.get(key) or qos.per_job.get(key)
-        if limit:
-            asked = request.cpus * request.nodes if key == "cpu" else (request.memory_mb or 0)
-            unit = "cores" if key == "cpu" else "MB"
-            detail = f": it asks for {asked} {unit}, {qos.name!r} allows {limit}"
-            if key == "cpu":
-                detail += f", you hold {held['cpu']} there now"
-            if asked <= limit:
-                return detail, "wait until your other jobs end, or cancel one"
-            flag = f"--cpus {limit // request.nodes}" if key == "cpu" else f"--mem {limit // request.nodes}M"
-            return detail, f"{flag} when you launch it"
-    return "", "ask for less (engaging plan shows your limits)"
+    for limits in effective_qos(cluster, partition, request):
+        limit = limits.per_user.get(key) or limits.per_job.get(key)
+        if not limit:
+            continue
+        asked = request.cpus * request.nodes if key == "cpu" else (request.memory_mb or 0)
+        text += f": it asks for {asked} {'cores' if key == 'cpu' else 'MB'}, {limits.name!r} allows {limit}"
+        text += f", you hold {held['cpu']} there now" if key == "cpu" else ""
+        if asked <= limit:
+            return text, "wait until your other jobs end, or cancel one"
+        flag = f"--cpus {limit // request.nodes}" if key == "cpu" else f"--mem {limit // request.nodes}M"
+        if key == "cpu" and _cpus_per_gpu(row):
+            flag = f"--cpus-per-gpu={max(1, limit // request.all_gpus)}"
+        return text, f"{flag} when you launch it"
+    return text, "ask for less (engaging plan shows your limits)"
+
+
+def _fewer_gpus(row: dict[str, str], request: Request, cluster: Cluster, name: str, cap: int) -> str:
+    """What to type when a job asks for more GPUs than `cap`; patience when it does not."""
+    if request.all_gpus <= cap:
+        return "wait until your other jobs end, or cancel one"
+    job, kind = row.get("JobId", ""), f"{request.gpu_type}:" if request.gpu_type else ""
+    fits = max(1, cap // request.nodes)  # gres counts a node's
+    flag = f"scontrol update JobId={job} Gres=gpu:{kind}{fits}  (or --gpus {fits} when you launch it)"
+    if cap < request.nodes:
+        flag = f"scancel {job}, then again with --nodes={cap} at most"
+    elsewhere = _elsewhere(cluster, request, name)
+    return flag + (f"; for {counted(request.all_gpus, 'GPU')}: {elsewhere}" if elsewhere else "")
 
 
 def _elsewhere(cluster: Cluster, request: Request, but: str) -> str:
@@ -251,7 +268,13 @@ def _fits(row: dict[str, str], request: Request, cluster: Cluster) -> str:
 
 
 def _failed(exit_code: str, text: str, remedy: str) -> tuple[str, str]:
-    return EXITS.get(exit_code.partition(":")[0], (text, remedy))
+    """`2:0` is status 2; `0:9` is a program that signal 9 ended, which a shell calls 137; 125 is for its memory."""
+    status, _, signal = exit_code.partition(":")
+    if (status, signal) == ("0", "125"):
+        return ENDS["OUT_OF_MEMORY"]
+    if status == "0" and signal.isdigit():
+        status = str(128 + int(signal))
+    return EXITS.get(status, (text, remedy))
 
 
 def _running(row: dict[str, str]) -> str:

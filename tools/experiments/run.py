@@ -11,7 +11,9 @@ variants go on (--all: every one does). What stands after a lone -- goes to the 
 
 import argparse
 import contextlib
+import json
 import os
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from nanogpt.common.errors import UserError
 from tools.args import Parser, counted, name_of, whole
 from tools.experiments import collect, gate, records, study, trainer
 from tools.experiments.config import ExperimentConfig
-from tools.experiments.execute import Executor, Pair, need_room, run_command, seed_of
+from tools.experiments.execute import Executor, Pair, need_room, run_command, seed_of, together
 from tools.experiments.flags import add_execution, options
 from tools.experiments.records import SHELF, Experiment
 from tools.launch import environment
@@ -271,10 +273,35 @@ def _run_group(executor: Executor, group: list[Experiment], only: set | None) ->
     return executor.run_each(pairs) if pairs else 0
 
 
+def _dry_commands(root: Path, group: list[Experiment]) -> list[str]:
+    """The command of every run; with --one-job the one command, and what its plan would hold."""
+    in_job, pairs = group[0].executor == "slurm", in_turn(group)
+    if group[0].one_job:
+        words, entries = together(pairs, group[0].folder / "runs" / "plan-TIMESTAMP.json")
+        plan = [f"#   {json.dumps(entry)}" for entry in entries]
+        return [
+            f"# {counted(len(pairs), 'run')} in one process:",
+            _typed(root, *run_command(group[0], words, in_job)),
+            "# and its plan:",
+            *plan,
+        ]
+    lines = []
+    for experiment, run_id in pairs:
+        config, found, seed = experiment.config, experiment.trainer, seed_of(experiment, run_id)
+        words = trainer.words(config, found, list(experiment.overrides), seed, experiment.run_folder(run_id))
+        command, more = run_command(experiment, words, in_job)
+        lines.append(_typed(root, command, {**trainer.variables(config, found, seed), **more}))
+    return lines
+
+
+def _typed(root: Path, command: list[str], variables: dict[str, str]) -> str:
+    """A command with its variables as one would type it in the root of the clone."""
+    named = [f"{name}={value}" for name, value in variables.items()]
+    return " ".join([*named, shlex.join([word.replace(f"{root}/", "") for word in command])])
+
+
 def _dry_run(root: Path, args: argparse.Namespace, planned: list[Experiment]) -> int:
     """Print what would be run, word for word; nothing is written."""
-    import shlex
-
     for group in groups(planned):
         for experiment in group:
             config = experiment.config
@@ -282,17 +309,8 @@ def _dry_run(root: Path, args: argparse.Namespace, planned: list[Experiment]) ->
             print(f"# {config.experiment_name}: {config.label}{stage}, {counted(len(experiment.runs), 'run')}, "
                   f"{counted(experiment.gpus, 'GPU')}, {experiment.executor}")  # fmt: skip
             print(f"# output: {SHELF}/{experiment.name}/")
-        for experiment, run_id in in_turn(group):
-            seed = seed_of(experiment, run_id)
-            folder = experiment.run_folder(run_id)
-            words = trainer.words(
-                experiment.config, experiment.trainer, list(experiment.overrides), seed, folder
-            )
-            variables = trainer.variables(experiment.config, experiment.trainer, seed)
-            command, more = run_command(experiment, words, experiment.executor == "slurm")
-            command[1] = os.path.relpath(command[1], root)
-            shown = [f"{name}={value}" for name, value in {**variables, **more}.items()]
-            print(" ".join([*shown, shlex.join(command)]))
+        for line in _dry_commands(root, group):
+            print(line)
         if group[0].executor == "slurm":
             from tools.experiments import queue
 

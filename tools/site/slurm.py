@@ -179,7 +179,8 @@ def need_slurm(what: str) -> None:
     """UserError unless SLURM's commands are here."""
     if not available():
         raise UserError(
-            f"{what}: no SLURM here (no sbatch on PATH); log in to the cluster, or use launch --local"
+            f"{what}: no SLURM here (no sbatch on PATH); log in to the cluster, or run it here: "
+            "engaging launch --local, engaging experiment run --executor local"
         )
 
 

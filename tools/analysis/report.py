@@ -94,7 +94,7 @@ def page(found: Analysis, title: str, command: str, made: str, notes: Sequence[s
         groups=[_details(one.group) for one in ordered[:MOST_ROWS]],
         open_details=runs <= FEW_RUNS,
         command=command,
-        history=bands.history()[1]["source"] if any(one["name"] == "record_history" for one in drawn) else "",
+        history=bands.history()[1] if any(one["name"] == "record_history" for one in drawn) else {},
     )
 
 

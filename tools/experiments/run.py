@@ -30,20 +30,29 @@ from tools.launch.presets import Target, ask_trainer, check_overrides
 from tools.place import checkout
 from tools.site import slurm
 
+OWN = {
+    "seed": "base_seed of the configuration + run",
+    "out_dir": "each run has its folder in experiment_logs",
+    "auto_resume": "engaging experiment resume goes on with what is missing",
+    "check": "before anything starts it asks the trainer to check; --dry-run shows the commands",
+}  # flags of the trainers that nobody else says
+
 
 def main(argv: list[str]) -> int:
     """The command."""
     cut = argv.index("--") if "--" in argv else len(argv)
     args = _parser().read(argv[:cut])
+    for word in argv[cut + 1 :]:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if name in OWN:
+            raise UserError(f"--{name}: the runner sets it: {OWN[name]}")
     overrides = check_overrides(argv[cut + 1 :])
-    for word in overrides:
-        if word[2:].partition("=")[0].replace("-", "_") == "seed":
-            raise UserError("--seed: the runner sets it: base_seed of the configuration + run")
     root = checkout()
     planned = prepare(root, args, overrides)
     if not args.all:
         _refuse_no_baseline([experiment.config for experiment in planned])
     if args.dry_run:
+        check_flags(environment.environment_python(), root, planned)
         return _dry_run(root, args, planned)
     need_fit(root, planned, args.no_check)
     made: list[Experiment] = []
@@ -149,8 +158,7 @@ def need_fit(root: Path, planned: list[Experiment], no_check: bool) -> None:
             queue.option_for(group[0], cluster, root, sum(len(e.runs) for e in group), group[0].one_job)
     if no_check:
         return
-    for experiment in planned:
-        trainer.check_flags(python, root, experiment.config, experiment.trainer, experiment.config_file)
+    check_flags(python, root, planned)
     for experiment in groups(planned)[0]:
         if not experiment.trainer.run_directory:
             continue
@@ -163,6 +171,16 @@ def need_fit(root: Path, planned: list[Experiment], no_check: bool) -> None:
                 ask_trainer(python, root, Target(module, module, ()), words, surroundings)
             except UserError as error:
                 raise UserError(f"{experiment.config_file}: its trainer says: {error}") from None
+
+
+def check_flags(python: Path | None, root: Path, planned: list[Experiment]) -> None:
+    """UserError for a key that the trainer has no flag for; nothing without an environment to ask it in."""
+    known: dict[str, list[str]] = {}
+    for experiment in planned if python else []:
+        found = experiment.trainer
+        if found.run_directory and found.script not in known:
+            known[found.script] = trainer.flags_of(python, root, found.script)
+        trainer.check_flags(known.get(found.script, []), experiment.config, found, experiment.config_file)
 
 
 def groups(experiments: list[Experiment]) -> list[list[Experiment]]:

@@ -278,7 +278,11 @@ def _start_here(root: Path, stages: list[list[Experiment]], only: set | None) ->
 
 
 def what_next(experiments: list[Experiment], name: str) -> str:
-    """The command that follows when all of these have ended: the newest stage's rules, or the answer."""
+    """The command that follows when all of these have ended: the newest stage's rules, the choice, or the answer."""
+    from tools.experiments.sweep import trial_of
+
+    if trials := {trial_of(experiment.folder) for experiment in experiments} - {""}:
+        return f"engaging experiment sweep {trials.pop()}"
     staged = max(experiment.config.letter for experiment in experiments) in ("A", "B")
     return f"engaging experiment promote {name}" if staged else f"engaging analyze {name}"
 

@@ -179,9 +179,11 @@ def test_losses_by_tokens_where_a_run_of_the_experiment_counts_them(tmp_path: Pa
 def test_the_record_is_context_for_runs_that_aim_at_its_loss(tmp_path: Path) -> None:
     for name, target in (("ours", 3.28), ("other", 2.9)):
         folder = tmp_path / name
-        study_kit.write_experiment(folder, "baseline", [3.2, 3.21], config={"target_val_loss": target})
+        study_kit.write_experiment(folder, "baseline", [3.25, 3.26], config={"target_val_loss": target})
         names = [one.name for one in pictures.draw(analyze.analyze(load([folder])))]
         assert ("record_history" in names) is (target == 3.28)
+        (one,) = analyze.analyze(load([folder])).groups
+        assert any("Track 3's rule" in said for said in one.sentences) is (target == 3.28)
 
 
 def test_names_made_to_break_pictures(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def _experiments(root: Path, args: argparse.Namespace) -> tuple[list[Experiment]
 def _rows(root: Path, args: argparse.Namespace, planned: list[Experiment], left: dict[str, int]) -> list[Row]:
     known, past = costs.prices(args.price), costs.history(root)
     cluster = None
-    if args.executor != "local" and slurm.available():
+    if args.executor != "local" and slurm.cluster_here():
         from tools.site.cluster import ask_cluster
 
         cluster = ask_cluster()

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shlex
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,11 @@ def main(argv: list[str]) -> int:
     need_fit(root, planned, args.no_check)
     made: list[Experiment] = []
     code = records.keep_code(root)
+    if code["dirty"]:
+        print(
+            f"note: no commit holds {counted(code['changed_files'], 'changed file')} of this clone; the runs' copy of "
+            "the code has them: commit before runs that you want to repeat"
+        )
     for experiment in planned:
         letter = experiment.config.letter
         before = [e.name for e in made if "" < e.config.letter < letter] if not args.all else []
@@ -71,7 +77,10 @@ def prepare(root: Path, args: argparse.Namespace, overrides: list[str]) -> list[
     _refuse_two_baselines(loaded)
     executor = args.executor
     if executor == "auto":
-        executor = "slurm" if slurm.available() else "local"
+        executor = "slurm" if slurm.cluster_here() else "local"
+        if executor == "local" and slurm.available():
+            said = "SLURM's commands are here, but no cluster is configured for them: this machine runs it"
+            print(f"note: {said}", file=sys.stderr)
     if executor == "slurm":
         slurm.need_slurm("--executor=slurm")
     name = args.study or (f"study_{time.strftime('%Y%m%d_%H%M%S')}" if len(loaded) > 1 else "")

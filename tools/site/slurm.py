@@ -175,6 +175,16 @@ def available() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
+def cluster_here() -> bool:
+    """Whether there is a cluster to submit to: SLURM's commands, and a configuration for them.
+
+    A controller that does not answer is one; commands that somebody installed on a workstation are none.
+    """
+    if not available() or os.environ.get("SLURM_CONF"):
+        return available()
+    return "configuration source" not in ask(["sinfo", "-h", "-o", "%P"]).err
+
+
 def need_slurm(what: str) -> None:
     """UserError unless SLURM's commands are here."""
     if not available():

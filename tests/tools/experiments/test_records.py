@@ -160,10 +160,12 @@ def test_a_dirty_clone_leaves_its_diff(tmp_path):
     ):
         subprocess.run(["git", *words], cwd=root, check=True)
     path = kit.configuration(tmp_path / "configs", experiment_name="dirty")
-    kit.engaging(root, "run", "--config", path, "--executor", "local", "--n-runs", 1)
+    clean = kit.engaging(root, "run", "--config", path, "--executor", "local", "--n-runs", 1)
     with (root / "modded_nanogpt" / "train_gpt_simple.py").open("a") as file:
         file.write("# changed here\n")
-    kit.engaging(root, "run", "--config", path, "--executor", "local", "--n-runs", 1)
+    dirty = kit.engaging(root, "run", "--config", path, "--executor", "local", "--n-runs", 1)
+    assert "no commit holds" not in clean.stdout
+    assert "note: no commit holds 1 changed file of this clone" in dirty.stdout
     first, second = sorted(kit.experiments(root, "dirty"), key=lambda p: p.stat().st_ctime)
     assert not (first / "git_diff.patch").exists()
     assert "+# changed here" in (second / "git_diff.patch").read_text()

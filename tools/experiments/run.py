@@ -39,8 +39,8 @@ OWN = {
 }  # flags of the trainers that nobody else says
 
 
-def main(argv: list[str]) -> int:
-    """The command."""
+def main(argv: list[str], sweep: bool = False) -> int:
+    """The command; `sweep`: with the configurations of a sweep, whose final comparison may be made again."""
     cut = argv.index("--") if "--" in argv else len(argv)
     args = _parser().read(argv[:cut])
     for word in argv[cut + 1 :]:
@@ -50,6 +50,8 @@ def main(argv: list[str]) -> int:
     overrides = check_overrides(argv[cut + 1 :])
     root = checkout()
     planned = prepare(root, args, overrides)
+    if not sweep:
+        study.refuse_twice(root, args.study or "", [experiment.config for experiment in planned])
     if not args.all:
         _refuse_no_baseline([experiment.config for experiment in planned])
     if args.dry_run:

@@ -190,7 +190,7 @@ def _run(root: Path, folder: Path, name: str, made: list[dict], args: Any, rest:
         atomic_write_json(folder / f"{values['experiment_name']}.json", values)
     words = ["--config", str(folder), "--study", name, *(["--dry-run"] if args.dry_run else []), *rest]
     try:
-        return run.main(words)
+        return run.main(words, sweep=True)
     finally:
         if args.dry_run:
             for values in made:

@@ -316,10 +316,9 @@ def fetch(argv: list[str]) -> int:
     from nanogpt.common.storage import storage_errors
     from tools.leaderboard.board import open_board
     from tools.leaderboard.evidence import Refused
-    from tools.leaderboard.submission import read_record
 
     board = open_board(args.board)
-    record = read_record(board.records / f"{args.id}.json")
+    record = board.record_named(args.id)
     if args.folder.exists() or args.folder.is_symlink():
         raise UserError(f"{args.folder}: exists already; name a new folder")
     try:

@@ -90,6 +90,10 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     runs = []
     for number, path in enumerate(paths, 1):
         label = f"run {number}"
+        if not path.exists() and not path.is_symlink():
+            raise UserError(
+                f"{path}: there is none; name run directories, an experiment's folder, or logs of modded-nanogpt"
+            )
         if path.is_dir():
             run = read_run_directory(path, label)
         else:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from tools.analysis.curves import Curve
 from tools.analysis.records import Group
+from tools.runs import metrics
 
 POINTS = 240  # of a band: more than a picture shows
 FEW = 10  # up to so many runs the band goes from the lowest to the highest, beyond from 10% to 90% of them
@@ -44,8 +45,11 @@ def band(group: Group, x: str = "step") -> Band | None:
     `x` is "step", "tokens" (in millions) or "seconds". Runs that logged other steps are interpolated onto common
     places, within the range that all of them cover. None when a run lacks `x`, or nothing was logged.
     """
-    lines = [_line(run.metrics.val if len(run.metrics.val) > 1 else run.metrics.train, x)
-             for run in group.counted if run.metrics]  # fmt: skip
+    curves = [run.metrics.val if len(run.metrics.val) > 1 else run.metrics.train
+              for run in group.counted if run.metrics]  # fmt: skip
+    if x == "tokens" and curves and np.isnan(curves[0].tokens).all():
+        curves = _with_tokens(curves, group.counted[0].path / "metrics.jsonl")
+    lines = [_line(curve, x) for curve in curves]
     lines = [line for line in lines if line is not None]
     if not lines or len(lines) < len(group.counted):
         return None
@@ -64,6 +68,32 @@ def band(group: Group, x: str = "step") -> Band | None:
     ends = (0, 100) if len(lines) <= FEW else (10, 90)
     low, high = np.percentile(losses, ends, axis=0)
     return Band(group.name, len(lines), first, losses.mean(axis=0), low, high)
+
+
+def _with_tokens(curves: list[Curve], path: Path) -> list[Curve]:
+    """The curves with the tokens that a run's own metrics (`path`) count at each step.
+
+    An experiment's metrics.jsonl has none; its runs differ in nothing but the seed, so that one of them tells.
+    """
+    known = {
+        record["step"] + (record["event"] == "train"): record["tokens"]
+        for record in (metrics(path) if path.is_file() else ())
+        if record.get("event") in ("train", "val")
+        and _whole(record.get("step"))
+        and _whole(record.get("tokens"))
+    }
+    if not known:
+        return curves
+    steps = sorted(known)
+    tokens = [known[step] for step in steps]
+    return [
+        replace(curve, tokens=np.interp(curve.step, steps, tokens, left=np.nan, right=np.nan))
+        for curve in curves
+    ]
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _line(curve: Curve, x: str) -> tuple[np.ndarray, np.ndarray] | None:

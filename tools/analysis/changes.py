@@ -33,9 +33,15 @@ class Changes:
     surroundings: list[tuple[str, str, str]] = field(default_factory=list)
 
     @property
-    def count(self) -> int:
-        """How many things changed: keys, and the source as one."""
-        return len(self.config) + bool(self.source)
+    def things(self) -> list[str]:
+        """What changed: keys, and the source as one. Another optimizer's own knobs (`adam_lr`) come with it."""
+        names = [key for key, _, _ in self.config if not self.comes_along(key)]
+        return names + (["source"] if self.source else [])
+
+    def comes_along(self, key: str) -> bool:
+        """Whether `key` is a knob of one of the two optimizers, where another optimizer is the change."""
+        pair = next((row[1:] for row in self.config if row[0].rpartition(".")[2] == "optimizer"), ())
+        return any(key.rpartition(".")[2].startswith(f"{name}_") for name in pair)
 
 
 def find(baseline: Group, variant: Group) -> Changes:
@@ -125,7 +131,11 @@ def text(found: Changes) -> list[str]:
     if not (found.config or found.source or found.surroundings):
         return ["Changed: nothing that the runs have recorded."]
     lines = ["Changed:"]
-    lines += [f"  {key}: {old} -> {new}" for key, old, new in found.config[:MOST_KEYS]]
+    config = sorted(found.config, key=lambda row: found.comes_along(row[0]))
+    lines += [
+        f"  {'with it, ' if found.comes_along(key) else ''}{key}: {old} -> {new}"
+        for key, old, new in config[:MOST_KEYS]
+    ]
     if len(found.config) > MOST_KEYS:
         lines.append(f"  ... and {len(found.config) - MOST_KEYS} more keys")
     for name, minus, plus, shown in found.source[:MOST_FILES]:
@@ -146,7 +156,7 @@ def brief(found: Changes, most: int = MOST_KEYS) -> list[str]:
 
 def caution(found: Changes) -> str:
     """What to mind when more than one thing changed, or ""."""
-    if found.count < 2:
+    if len(found.things) < 2:
         return ""
-    names = [key for key, _, _ in found.config[:5]] + (["source"] if found.source else [])
-    return f"{found.count} things changed at once ({', '.join(names)}): whichever of them did it, this cannot tell"
+    names = ", ".join(found.things[:6])
+    return f"{len(found.things)} things changed at once ({names}): whichever of them did it, this cannot tell"

@@ -251,7 +251,8 @@ def records(rows: Sequence[Record], ours: Sequence[tuple[str, float]] = ()) -> F
         first, last = rows[0], rows[-1]
         axes.annotate(f"{first.minutes:g} min", (days[0], first.minutes), xytext=(6, -3), textcoords="offset points",
                       fontsize=8.5)  # fmt: skip
-        axes.annotate(f"{last.minutes:g} min", (days[-1], last.minutes), xytext=(4, -11), textcoords="offset points",
+        said = f"{last.minutes:g} min" if last.minutes >= 1 else f"{last.minutes * 60:.0f} s"
+        axes.annotate(said, (days[-1], last.minutes), xytext=(4, -11), textcoords="offset points",
                       fontsize=8.5, ha="right")  # fmt: skip
         for index, (name, value) in enumerate(ours):
             colour = COLOURS[(index + 1) % len(COLOURS)]
@@ -259,8 +260,11 @@ def records(rows: Sequence[Record], ours: Sequence[tuple[str, float]] = ()) -> F
             axes.annotate(_safe(f"{name}: {value:.3g} min"), (1, value), xycoords=("axes fraction", "data"),
                           xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=8.5)  # fmt: skip
         axes.set_yscale("log")
-        axes.set_ylim(min([0.8, *(value * 0.8 for _, value in ours)]), max([60, *(v * 1.3 for _, v in ours)]))
-        axes.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+        axes.set_ylim(
+            min([last.minutes * 0.65, *(value * 0.8 for _, value in ours)]),
+            max([60, *(v * 1.3 for _, v in ours)]),
+        )
+        axes.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("minutes to 3.28 on 8 x H100")
         axes.xaxis.set_major_locator(dates.MonthLocator(bymonth=(1, 7)))

@@ -84,6 +84,7 @@ def page(found: Analysis, title: str, command: str, made: str, notes: Sequence[s
         more_rows=f"{len(ordered) - MOST_ROWS} more variants are not shown."
         if len(ordered) > MOST_ROWS
         else "",
+        holm=any(one.holm is not None for one in found.comparisons),
         targets=", ".join(f"{aim:g}" for aim in sorted({one.target for one in groups})),
         remarks=analyze.remarks(found),
         excluded=[
@@ -94,7 +95,7 @@ def page(found: Analysis, title: str, command: str, made: str, notes: Sequence[s
         groups=[_details(one.group) for one in ordered[:MOST_ROWS]],
         open_details=runs <= FEW_RUNS,
         command=command,
-        history=bands.history()[1]["source"] if any(one["name"] == "record_history" for one in drawn) else "",
+        history=bands.history()[1] if any(one["name"] == "record_history" for one in drawn) else {},
     )
 
 
@@ -162,6 +163,7 @@ def _row(found: Analysis, one: GroupFinding) -> dict:
         "p_target": words.p_value(one.track1.p) if one.track1 else "-",
         "gain": f"{loss.difference:+.4f}" if loss else "-",
         "p": words.p_value(loss.p) if loss else "-",
+        "holm": words.p_value(against.holm) if against else "-",
         "time": words.seconds(one.time["mean"]),
         "reached": f"{len(one.reached)} of {len(group.counted)}",
     }

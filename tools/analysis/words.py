@@ -71,7 +71,8 @@ def about_target(found: "GroupFinding") -> list[str]:
             f"Mean loss {mean:.4f} over {n} seeds is {side} {found.target:g}; track 1's rule (t-test, p < {ALPHA:g}) "
             f"{held}: {p_is(one.p)}."
         )
-    three = found.track3 if near_the_contest(group.losses) else None
+    contest = found.target == statistics.TARGET and near_the_contest(group.losses)
+    three = found.track3 if contest else None
     if three and three.reason:
         said.append(f"Track 3's rule cannot be applied: {three.reason}.")
     elif three:

@@ -169,6 +169,8 @@ def _next_stage(
     files = _configurations(root, members)
     here = [e for e in members if e.config.letter == decision.stage]
     like = {e.config.variant: e for e in here[::-1]}
+    if args.n_gpus is None and not any(e.gpus for e in here):  # a study on the CPU stays there
+        args = argparse.Namespace(**{**vars(args), "n_gpus": 0})
     try:
         wanted = [variant for variant in decision.advance if variant not in there]
         chosen = [

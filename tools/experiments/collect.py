@@ -82,7 +82,7 @@ def _look(experiment: Experiment, run_id: int) -> tuple[Verdict, dict | None]:
         return _from_row(experiment, run_id, row), row
     if outcome.get("skipped"):
         return Verdict(run_id, seed, "skipped", str(outcome["skipped"])), None
-    if run.status == "empty" and not outcome:
+    if run.status == "empty" and "exit" not in outcome:  # of one process, whose later runs were never begun
         return Verdict(run_id, seed, "new"), None
     why = _why_unfinished(folder, run, outcome)
     return Verdict(run_id, seed, "unfinished", why, run.step, run.val_loss), None

@@ -17,6 +17,7 @@ from tools.experiments.study import Result, kin_of, result_of, work_of
 # (GPUs, dollars a run) of each stage on what it is made for (an L40, 4 A100, 8 H100): the staged workflow's budget.
 USUAL = {"A": (1, 2.00), "B": (4, 10.00), "C": (8, 8.40)}
 RESERVE = 7.00  # of that budget, for a pivot
+LIMIT = "its time limit: an upper bound"  # of a job; what runs here has none
 
 
 def usual(letter: str, gpus: int) -> float | None:
@@ -61,7 +62,7 @@ def estimate(config: ExperimentConfig, gpus: int, past: list[Result], limit_minu
         last = ([r for r in scaled if r.variant == config.variant] or scaled)[-1]
         hours = _per_run(last) * work / (last.work or work)
         return Estimate(hours, f"scaled from stage {last.letter or '-'} by iterations x batch")
-    return Estimate(max(gpus, 1) * limit_minutes / 60, "its time limit: an upper bound")
+    return Estimate(max(gpus, 1) * limit_minutes / 60, LIMIT)
 
 
 def _per_run(result: Result) -> float:

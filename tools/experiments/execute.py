@@ -90,15 +90,11 @@ class Executor:
         status = 0
         while pairs and not self.stopped:
             first = pairs[0][0]
-            entries = [
-                trainer.plan_entry(e.config, e.trainer, list(e.overrides), seed_of(e, run), e.run_folder(run))
-                for e, run in pairs
-            ]
+            words, entries = together(pairs, plan)
             make_folder(plan.parent)
             atomic_write_json(plan, entries)
             for experiment, run in pairs:
                 make_folder(experiment.run_folder(run))
-            words = [first.trainer.script, *_preset(first), f"--plan={plan}"]
             log = plan.with_suffix(".log")
             self.say(f"{len(pairs)} runs in one process: {', '.join(_name(*pair) for pair in pairs)}")
             status = self._start(first, words, log, {}, "", [e.run_folder(run) for e, run in pairs])
@@ -187,6 +183,16 @@ def _wait(child: subprocess.Popen) -> int | None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         return child.wait(POLL_S)
     return None
+
+
+def together(pairs: list[Pair], plan: Path) -> tuple[list[str], list[dict[str, object]]]:
+    """(words for run.sh, what the file `plan` holds) that train all `pairs` in one process."""
+    first = pairs[0][0]
+    entries = [
+        trainer.plan_entry(e.config, e.trainer, list(e.overrides), seed_of(e, run), e.run_folder(run))
+        for e, run in pairs
+    ]
+    return [first.trainer.script, *_preset(first), f"--plan={plan}"], entries
 
 
 def run_command(experiment: Experiment, words: list[str], in_job: bool) -> tuple[list[str], dict[str, str]]:

@@ -13,7 +13,7 @@ def add_execution(parser: Parser) -> None:
         "--executor",
         choices=("auto", "local", "slurm"),
         default="auto",
-        help="auto: SLURM where there is one, else this machine",
+        help="auto: SLURM where a cluster is configured, else this machine",
     )
     add(
         "--one-job",

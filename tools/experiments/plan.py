@@ -9,7 +9,7 @@ else scaled from them, else the time limit (and said to be that). --minutes is y
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def _experiments(root: Path, args: argparse.Namespace) -> tuple[list[Experiment]
 def _rows(root: Path, args: argparse.Namespace, planned: list[Experiment], left: dict[str, int]) -> list[Row]:
     known, past = costs.prices(args.price), costs.history(root)
     cluster = None
-    if args.executor != "local" and slurm.available():
+    if args.executor != "local" and slurm.cluster_here():
         from tools.site.cluster import ask_cluster
 
         cluster = ask_cluster()
@@ -97,6 +97,9 @@ def _row(root, args, group, left, past, known, cluster, begin) -> Row:
     found = [costs.estimate(e.config, e.gpus, past, limit) for e in group]
     if args.minutes:
         found = [costs.Estimate(max(first.gpus, 1) * args.minutes / 60, "your estimate")] * len(group)
+    if first.executor == "local":
+        guess = f"a guess of {words(limit)} a run, none was measured here: --minutes says it better"
+        found = [replace(f, source=guess) if f.source == costs.LIMIT else f for f in found]
     hours = sum(f.gpu_hours * left[e.name] for f, e in zip(found, group, strict=True))
     each = hours / todo / max(first.gpus, 1) * 60 if todo else 0.0
     row = Row(

@@ -31,6 +31,8 @@ UNSTEADY = 3.0  # times the median spread
 SHRUNK = 0.5  # of the gain in the middle of the run
 OVERLAP = 0.5  # of the narrower interval
 PIVOTS = 1
+GAIN = "trend of the gain"
+SET_BACK = ("spread", GAIN)  # rules of stage A that throw nobody out
 TYPED = "(against typed numbers, not evidence: no baseline ran at this stage)"
 NEXT = {"A": "B", "B": "C"}
 
@@ -48,7 +50,7 @@ class Finding:
     @property
     def passed(self) -> bool:
         """Whether no rule threw it out (being set back is no throwing out)."""
-        return all(ok for rule, _, ok in self.reasons if rule not in ("spread", "growth"))
+        return all(ok for rule, _, ok in self.reasons if rule not in SET_BACK)
 
     def add(self, rule: str, text: str, ok: bool) -> None:
         """Note what a rule says."""
@@ -238,9 +240,7 @@ def _judge_a(result: Result, baseline: Result | None, reference, steady: float |
     if gains is not None:
         middle, end = gains
         shrinking = middle > 0 and end < SHRUNK * middle
-        finding.add(
-            "growth", f"gain {middle:+.4f} in the middle of the run, {end:+.4f} at its end", not shrinking
-        )
+        finding.add(GAIN, f"{middle:+.4f} in the middle of the run, {end:+.4f} at its end", not shrinking)
         finding.set_back |= shrinking
     return finding
 

@@ -11,7 +11,10 @@ variants go on (--all: every one does). What stands after a lone -- goes to the 
 
 import argparse
 import contextlib
+import json
 import os
+import shlex
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,7 @@ from nanogpt.common.errors import UserError
 from tools.args import Parser, counted, name_of, whole
 from tools.experiments import collect, gate, records, study, trainer
 from tools.experiments.config import ExperimentConfig
-from tools.experiments.execute import Executor, Pair, need_room, run_command, seed_of
+from tools.experiments.execute import Executor, Pair, need_room, run_command, seed_of, together
 from tools.experiments.flags import add_execution, options
 from tools.experiments.records import SHELF, Experiment
 from tools.launch import environment
@@ -28,24 +31,40 @@ from tools.launch.presets import Target, ask_trainer, check_overrides
 from tools.place import checkout
 from tools.site import slurm
 
+OWN = {
+    "seed": "base_seed of the configuration + run",
+    "out_dir": "each run has its folder in experiment_logs",
+    "auto_resume": "engaging experiment resume goes on with what is missing",
+    "check": "before anything starts it asks the trainer to check; --dry-run shows the commands",
+}  # flags of the trainers that nobody else says
 
-def main(argv: list[str]) -> int:
-    """The command."""
+
+def main(argv: list[str], sweep: bool = False) -> int:
+    """The command; `sweep`: with the configurations of a sweep, whose final comparison may be made again."""
     cut = argv.index("--") if "--" in argv else len(argv)
     args = _parser().read(argv[:cut])
+    for word in argv[cut + 1 :]:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if name in OWN:
+            raise UserError(f"--{name}: the runner sets it: {OWN[name]}")
     overrides = check_overrides(argv[cut + 1 :])
-    for word in overrides:
-        if word[2:].partition("=")[0].replace("-", "_") == "seed":
-            raise UserError("--seed: the runner sets it: base_seed of the configuration + run")
     root = checkout()
     planned = prepare(root, args, overrides)
+    if not sweep:
+        study.refuse_twice(root, args.study or "", [experiment.config for experiment in planned])
     if not args.all:
         _refuse_no_baseline([experiment.config for experiment in planned])
     if args.dry_run:
+        check_flags(environment.environment_python(), root, planned)
         return _dry_run(root, args, planned)
     need_fit(root, planned, args.no_check)
     made: list[Experiment] = []
     code = records.keep_code(root)
+    if code["dirty"]:
+        print(
+            f"note: no commit holds {counted(code['changed_files'], 'changed file')} of this clone; the runs' copy of "
+            "the code has them: commit before runs that you want to repeat"
+        )
     for experiment in planned:
         letter = experiment.config.letter
         before = [e.name for e in made if "" < e.config.letter < letter] if not args.all else []
@@ -60,7 +79,10 @@ def prepare(root: Path, args: argparse.Namespace, overrides: list[str]) -> list[
     _refuse_two_baselines(loaded)
     executor = args.executor
     if executor == "auto":
-        executor = "slurm" if slurm.available() else "local"
+        executor = "slurm" if slurm.cluster_here() else "local"
+        if executor == "local" and slurm.available():
+            said = "SLURM's commands are here, but no cluster is configured for them: this machine runs it"
+            print(f"note: {said}", file=sys.stderr)
     if executor == "slurm":
         slurm.need_slurm("--executor=slurm")
     name = args.study or (f"study_{time.strftime('%Y%m%d_%H%M%S')}" if len(loaded) > 1 else "")
@@ -147,8 +169,7 @@ def need_fit(root: Path, planned: list[Experiment], no_check: bool) -> None:
             queue.option_for(group[0], cluster, root, sum(len(e.runs) for e in group), group[0].one_job)
     if no_check:
         return
-    for experiment in planned:
-        trainer.check_flags(python, root, experiment.config, experiment.trainer, experiment.config_file)
+    check_flags(python, root, planned)
     for experiment in groups(planned)[0]:
         if not experiment.trainer.run_directory:
             continue
@@ -161,6 +182,16 @@ def need_fit(root: Path, planned: list[Experiment], no_check: bool) -> None:
                 ask_trainer(python, root, Target(module, module, ()), words, surroundings)
             except UserError as error:
                 raise UserError(f"{experiment.config_file}: its trainer says: {error}") from None
+
+
+def check_flags(python: Path | None, root: Path, planned: list[Experiment]) -> None:
+    """UserError for a key that the trainer has no flag for; nothing without an environment to ask it in."""
+    known: dict[str, list[str]] = {}
+    for experiment in planned if python else []:
+        found = experiment.trainer
+        if found.run_directory and found.script not in known:
+            known[found.script] = trainer.flags_of(python, root, found.script)
+        trainer.check_flags(known.get(found.script, []), experiment.config, found, experiment.config_file)
 
 
 def groups(experiments: list[Experiment]) -> list[list[Experiment]]:
@@ -258,7 +289,11 @@ def _start_here(root: Path, stages: list[list[Experiment]], only: set | None) ->
 
 
 def what_next(experiments: list[Experiment], name: str) -> str:
-    """The command that follows when all of these have ended: the newest stage's rules, or the answer."""
+    """The command that follows when all of these have ended: the newest stage's rules, the choice, or the answer."""
+    from tools.experiments.sweep import trial_of
+
+    if trials := {trial_of(experiment.folder) for experiment in experiments} - {""}:
+        return f"engaging experiment sweep {trials.pop()}"
     staged = max(experiment.config.letter for experiment in experiments) in ("A", "B")
     return f"engaging experiment promote {name}" if staged else f"engaging analyze {name}"
 
@@ -271,10 +306,35 @@ def _run_group(executor: Executor, group: list[Experiment], only: set | None) ->
     return executor.run_each(pairs) if pairs else 0
 
 
+def _dry_commands(root: Path, group: list[Experiment]) -> list[str]:
+    """The command of every run; with --one-job the one command, and what its plan would hold."""
+    in_job, pairs = group[0].executor == "slurm", in_turn(group)
+    if group[0].one_job:
+        words, entries = together(pairs, group[0].folder / "runs" / "plan-TIMESTAMP.json")
+        plan = [f"#   {json.dumps(entry)}" for entry in entries]
+        return [
+            f"# {counted(len(pairs), 'run')} in one process:",
+            _typed(root, *run_command(group[0], words, in_job)),
+            "# and its plan:",
+            *plan,
+        ]
+    lines = []
+    for experiment, run_id in pairs:
+        config, found, seed = experiment.config, experiment.trainer, seed_of(experiment, run_id)
+        words = trainer.words(config, found, list(experiment.overrides), seed, experiment.run_folder(run_id))
+        command, more = run_command(experiment, words, in_job)
+        lines.append(_typed(root, command, {**trainer.variables(config, found, seed), **more}))
+    return lines
+
+
+def _typed(root: Path, command: list[str], variables: dict[str, str]) -> str:
+    """A command with its variables as one would type it in the root of the clone."""
+    named = [f"{name}={value}" for name, value in variables.items()]
+    return " ".join([*named, shlex.join([word.replace(f"{root}/", "") for word in command])])
+
+
 def _dry_run(root: Path, args: argparse.Namespace, planned: list[Experiment]) -> int:
     """Print what would be run, word for word; nothing is written."""
-    import shlex
-
     for group in groups(planned):
         for experiment in group:
             config = experiment.config
@@ -282,17 +342,8 @@ def _dry_run(root: Path, args: argparse.Namespace, planned: list[Experiment]) ->
             print(f"# {config.experiment_name}: {config.label}{stage}, {counted(len(experiment.runs), 'run')}, "
                   f"{counted(experiment.gpus, 'GPU')}, {experiment.executor}")  # fmt: skip
             print(f"# output: {SHELF}/{experiment.name}/")
-        for experiment, run_id in in_turn(group):
-            seed = seed_of(experiment, run_id)
-            folder = experiment.run_folder(run_id)
-            words = trainer.words(
-                experiment.config, experiment.trainer, list(experiment.overrides), seed, folder
-            )
-            variables = trainer.variables(experiment.config, experiment.trainer, seed)
-            command, more = run_command(experiment, words, experiment.executor == "slurm")
-            command[1] = os.path.relpath(command[1], root)
-            shown = [f"{name}={value}" for name, value in {**variables, **more}.items()]
-            print(" ".join([*shown, shlex.join(command)]))
+        for line in _dry_commands(root, group):
+            print(line)
         if group[0].executor == "slurm":
             from tools.experiments import queue
 

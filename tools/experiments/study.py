@@ -149,6 +149,19 @@ def _named(shelf: Path, word: str) -> list[Path]:
     return named[-1:] or [path for path in everything if _study_of(path) == word]
 
 
+def refuse_twice(root: Path, name: str, configs: list[ExperimentConfig]) -> None:
+    """UserError when the study `name` has an experiment of these already: two of one name are told apart by nobody."""
+    there = {
+        records.name_of(path) for path in records.all_in(root / SHELF) if name and _study_of(path) == name
+    }
+    for config in configs:
+        if config.experiment_name in there:
+            raise UserError(
+                f"--study={name}: has {config.experiment_name} already; engaging experiment resume {name} goes on with "
+                "it (--n-runs adds seeds), and a new study has another name"
+            )
+
+
 def _study_of(folder: Path) -> str:
     try:
         return records.read(folder).study

@@ -19,7 +19,7 @@ from typing import Any
 
 from nanogpt.common.errors import UserError
 from nanogpt.common.storage import atomic_write_json, make_folder
-from tools.args import Parser, name_of, whole
+from tools.args import Parser, counted, name_of, whole
 from tools.experiments import records, run, study
 from tools.experiments.config import ExperimentConfig, read_json
 from tools.experiments.records import SHELF, all_in
@@ -94,7 +94,8 @@ def _begin(root: Path, home: Path, args: Any, rest: list[str]) -> int:
                 {**base, "experiment_name": name, "hyperparameters": flags, "n_runs": args.n_runs or 1}
             )
             plan[arm]["trials"].append({"name": name, "set": values})
-    print(f"{len(arms)} arms, {next(iter(counts.values()))} trials each, {args.n_runs or 1} runs a trial")
+    each, seeds = next(iter(counts.values())), args.n_runs or 1
+    print(f"{counted(len(arms), 'arm')}, {counted(each, 'trial')} each, {counted(seeds, 'run')} a trial")
     if not args.dry_run:
         make_folder(home)
         atomic_write_json(home / "sweep.json", {"format": 1, "arms": plan})
@@ -189,7 +190,7 @@ def _run(root: Path, folder: Path, name: str, made: list[dict], args: Any, rest:
         atomic_write_json(folder / f"{values['experiment_name']}.json", values)
     words = ["--config", str(folder), "--study", name, *(["--dry-run"] if args.dry_run else []), *rest]
     try:
-        return run.main(words)
+        return run.main(words, sweep=True)
     finally:
         if args.dry_run:
             for values in made:

@@ -19,6 +19,7 @@ FOLDERS = (
     "nanogpt",
     "tools/experiments",
 )  # where a script is looked for, after the path as it stands
+OURS = ("tools/experiments/trainer.py",)  # in one of them, and no trainer
 HELP_TIMEOUT_S = 60
 POSITIVE = ("num_iterations", "batch_size", "device_batch_size")
 
@@ -49,7 +50,12 @@ def find(root: Path, config: ExperimentConfig, where: str) -> Trainer:
         path = root / folder / asked
         if path.is_file() and path.suffix == ".py":
             return _look(root, path.relative_to(root).as_posix(), path)
-    known = [p.relative_to(root).as_posix() for f in FOLDERS[1:] for p in (root / f).glob("train*.py")]
+    known = [
+        p.relative_to(root).as_posix()
+        for f in FOLDERS[1:]
+        for p in (root / f).glob("train*.py")
+        if f"{f}/{p.name}" not in OURS
+    ]
     raise UserError(
         f"{where}: script: {asked}: this checkout has no such script{nearest(asked, known)}; "
         f"there are: {', '.join(sorted(known)) or 'none (update it: git pull)'}"
@@ -170,22 +176,25 @@ def plan_entry(
     return {**entry, "flags": values}
 
 
-def check_flags(python: Path, root: Path, config: ExperimentConfig, trainer: Trainer, where: str) -> None:
-    """UserError for a hyperparameter that the trainer has no flag for. A trainer without --help checks them itself."""
-    if not trainer.run_directory:
-        return
+def flags_of(python: Path, root: Path, script: str) -> list[str]:
+    """The flags that a script's --help names; none where it has no help."""
     try:
         done = subprocess.run(
-            [str(python), str(root / trainer.script), "--help"],
+            [str(python), str(root / script), "--help"],
             cwd=root,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=HELP_TIMEOUT_S,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return
-    known = sorted(set(re.findall(r"--([a-z][a-z0-9_]*)", done.stdout.decode("utf-8", "replace"))))
-    if done.returncode or not known:
+        return []
+    found = re.findall(r"--([a-z][a-z0-9_]*)", done.stdout.decode("utf-8", "replace"))
+    return [] if done.returncode else sorted(set(found))
+
+
+def check_flags(known: list[str], config: ExperimentConfig, trainer: Trainer, where: str) -> None:
+    """UserError for a key that is none of the trainer's flags `known`. Without any it checks them itself."""
+    if not known:
         return
     asked = [name for name in config.hyperparameters if name not in ("notes", "preset")]
     if not trainer.stage_variables:

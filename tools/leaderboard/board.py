@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nanogpt.common.errors import CommandError, UserError
+from nanogpt.common.flags import nearest
 from nanogpt.common.manifest import MANIFEST
 from nanogpt.common.storage import (
     atomic_write_bytes,
@@ -153,6 +154,18 @@ class Board:
             )
         return data
 
+    def record_named(self, name: str) -> Record:
+        """The record of that id. UserError when there is none, or it is damaged."""
+        path = self.records / f"{name}.json"
+        if not path.exists() and not path.is_symlink():
+            known = sorted(one.stem for one in self.records.glob("*.json"))
+            there = f"there are {', '.join(known[:4])}" + (", ..." if len(known) > 4 else "")
+            raise UserError(
+                f"{name}: {self.folder} has no record of this id{nearest(name, known)} "
+                f"({there if known else 'there is none yet'})"
+            )
+        return read_record(path)
+
     def read_records(self) -> Iterator[tuple[Path, Record | CommandError]]:
         """Every record by its date, those that cannot be read with the reason."""
         if not self.records.is_dir():
@@ -248,7 +261,7 @@ def is_board(folder: Path) -> bool:
 def open_board(folder: Path) -> Board:
     """The board in `folder`. UserError when there is none, or its board.json is not as it must be."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: is not a folder; an empty folder is an empty board: mkdir {folder}")
+        raise UserError(f"{folder}: is not a folder; a new board: engaging leaderboard init {folder}")
     path, title, tracks = folder / "board.json", "Leaderboard", dict(BUILT_IN)
     if not is_board(folder) and any(name.name[0] != "." for name in folder.iterdir()):
         raise UserError(

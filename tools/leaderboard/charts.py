@@ -4,6 +4,7 @@ Every number comes from verified evidence; every text goes through `escape`.
 """
 
 import datetime
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -97,15 +98,12 @@ def spread(losses: Sequence[float], target: float) -> Markup:
             LEFT, middle, WIDTH - RIGHT, middle
         )
     ]
-    for tick in _ticks(low, high):
+    ticks = _ticks(low, high)
+    for tick, label in zip(ticks, _labels(ticks), strict=True):
         parts.append(
             Markup('<line class="axis" x1="{0:.1f}" y1="39" x2="{0:.1f}" y2="45"/>').format(at(tick))
         )
-        parts.append(
-            Markup('<text x="{:.1f}" y="64" text-anchor="middle">{:g}</text>').format(
-                at(tick), round(tick, 6)
-            )
-        )
+        parts.append(Markup('<text x="{:.1f}" y="64" text-anchor="middle">{}</text>').format(at(tick), label))
     for name, value, kind in (("target", target, "target"), ("mean", mean, "best")):
         parts.append(
             Markup('<line class="{1}" x1="{0:.1f}" y1="22" x2="{0:.1f}" y2="46"/>').format(at(value), kind)
@@ -152,7 +150,7 @@ class _Frame:
     def axes(self, across: Sequence[tuple[float, str]], up: Sequence[float], unit: str) -> list[Markup]:
         """Grid lines with their labels."""
         parts = []
-        for value in up:
+        for value, label in zip(up, _labels(up), strict=True):
             y = self.place(self.x[0], value)[1]
             parts.append(
                 Markup('<line class="grid" x1="{0}" y1="{2:.1f}" x2="{1}" y2="{2:.1f}"/>').format(
@@ -160,9 +158,7 @@ class _Frame:
                 )
             )
             parts.append(
-                Markup('<text x="{}" y="{:.1f}" text-anchor="end">{:g}</text>').format(
-                    LEFT - 8, y + 4, round(value, 6)
-                )
+                Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(LEFT - 8, y + 4, label)
             )
         for value, label in across:
             x = self.place(value, self.y[0])[0]
@@ -204,6 +200,16 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = min((size * factor for factor in (1, 2, 2.5, 5, 10)), key=lambda one: abs(one - rough))
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _labels(ticks: Sequence[float]) -> list[str]:
+    """The ticks as text, all with the decimals that they need; powers of ten and their like as they are."""
+    found = [f"{round(tick, 6):g}" for tick in ticks]
+    steps = [b - a for a, b in itertools.pairwise(ticks)]
+    if not steps or max(steps) > 1.001 * min(steps) or any("e" in text for text in found):
+        return found
+    digits = max(len(text.partition(".")[2]) for text in found)
+    return [f"{round(tick, 6):.{digits}f}" for tick in ticks]
 
 
 def _round_log(low: float, high: float) -> list[float]:

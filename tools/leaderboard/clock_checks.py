@@ -12,6 +12,7 @@ from tools.leaderboard.tracks import Track
 
 Problems = Iterator[tuple[str, str]]
 
+NOT_JUDGED = "the speed was not judged"
 CPU_PEAK = 2e12  # FLOP/s of a rank on CPUs: more than any has
 WINDOW = 50  # steps over which the speed must be possible; single steps are stamped before the GPU is done
 FIRST_RUN = datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)
@@ -122,7 +123,7 @@ def hardware(run: Run, track: Track) -> Problems:
     flops = track.flops_per_token or _flops_per_token(run)
     if peak is None or not flops:
         what = f"the peak of {run.gpu}" if flops else "the arithmetic of a token on this track"
-        run.notes.append(f"{what} is not known here: the speed was not judged")
+        run.notes.append(f"{what} is not known here: {NOT_JUDGED}")
         return
     yield from _possible(run, flops, peak * run.world_size)
 
@@ -163,9 +164,16 @@ def _possible(run: Run, flops: float, peak: float) -> Problems:
 
 
 def _flops_per_token(run: Run) -> float:
-    """6 N + 12 L C T from the run's own shape (PaLM, appendix B), without embeddings; 0 where it has none."""
-    knobs = [run.config.get(name) for name in ("n_layer", "n_embd", "block_size")]
-    if not all(is_whole(value, 1, 10**6) for value in knobs):
-        return 0.0
-    layers, width, length = knobs
-    return 6.0 * 12 * layers * width**2 + 12.0 * layers * width * length
+    """6 N + 12 L C T from the run's own shape (PaLM, appendix B), without embeddings; 0 where it has none.
+
+    The small trainer's variants may do less than their shape says: of it, the baseline alone.
+    """
+    shapes = [("n_layer", "n_embd", "block_size")]
+    if run.config.get("variant") == "baseline":
+        shapes.append(("num_layers", "model_dim", "sequence_length"))
+    for names in shapes:
+        knobs = [run.config.get(name) for name in names]
+        if all(is_whole(value, 1, 10**6) for value in knobs):
+            layers, width, length = knobs
+            return 6.0 * 12 * layers * width**2 + 12.0 * layers * width * length
+    return 0.0

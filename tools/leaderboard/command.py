@@ -29,6 +29,7 @@ from tools.runs import printable
 
 EXIT_REFUSED = 1
 MEDIUM_BELOW = 3.1  # a log of the speedrun that ends below it is of the medium track
+OWN_TRACK = "engaging leaderboard track BOARD RUN --name=NAME --title=TITLE --target=LOSS"
 COMMANDS = ("init", "submit", "verify", "build", "fetch", "retract", "correct", "track", "term")
 
 
@@ -163,7 +164,7 @@ def manifest_of(run, flag: str):
 
 def choose(run, tracks: dict, wanted: str | None, facts: dict | None = None):
     """The track: the one asked for, else the one that fits the run. UserError when none does, or several do."""
-    from tools.leaderboard.tracks import BUILT_IN, find
+    from tools.leaderboard.tracks import find
 
     if wanted:
         return find(wanted, tracks)
@@ -179,11 +180,7 @@ def choose(run, tracks: dict, wanted: str | None, facts: dict | None = None):
     ]  # fmt: skip
     if len(fits) != 1:
         names = ", ".join(track.name for track in fits or tracks.values())
-        own = (
-            ""
-            if fits or len(tracks) > len(BUILT_IN)
-            else "; or --board BOARD, for a board with tracks of its own"
-        )
+        own = "" if fits else f"; or a board's own track (verify needs --board BOARD), made by: {OWN_TRACK}"
         found = "several fit" if fits else "none fits"
         raise UserError(f"--track: {found} these runs; name one of: {names}{own}")
     return fits[0]
@@ -319,10 +316,9 @@ def fetch(argv: list[str]) -> int:
     from nanogpt.common.storage import storage_errors
     from tools.leaderboard.board import open_board
     from tools.leaderboard.evidence import Refused
-    from tools.leaderboard.submission import read_record
 
     board = open_board(args.board)
-    record = read_record(board.records / f"{args.id}.json")
+    record = board.record_named(args.id)
     if args.folder.exists() or args.folder.is_symlink():
         raise UserError(f"{args.folder}: exists already; name a new folder")
     try:

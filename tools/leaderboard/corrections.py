@@ -18,7 +18,6 @@ from nanogpt.common.storage import atomic_write_json
 from tools.leaderboard import text
 from tools.leaderboard.board import FORMAT, Board, make_shared, share
 from tools.leaderboard.strict import LARGEST, parse_object, read_bytes
-from tools.leaderboard.submission import read_record
 
 NAME = "retracted"
 KEYS = {"format", "id", "reason", "by", "at", "description"}
@@ -37,7 +36,7 @@ class Correction:
 
 def write(board: Board, name: str, reason: str, description: str = "") -> Path:
     """Withdraw a record, or give it another description. UserError: no such record, or not yours."""
-    record = read_record(board.records / f"{name}.json")
+    record = board.record_named(name)
     if os.getuid() not in _allowed(board, record.id):
         raise UserError(f"{name}: only who handed it in and the board's manager may withdraw or correct it")
     made = {

@@ -232,7 +232,8 @@ def _details(verdict: Verdict, row: Row, before: tuple[Row, Run] | None) -> dict
     if row.track.metric == "steps":
         tiles[3] = (_time(result.mean_seconds), "time, not compared")
     if result.tokens:
-        tiles.append((f"{result.tokens / 1e6:,.1f} M", "tokens"))
+        many = result.tokens >= 1e6
+        tiles.append((f"{result.tokens / 1e6:,.1f} M" if many else f"{result.tokens:,}", "tokens"))
     first = runs[0]
     reproduce = f"engaging leaderboard fetch BOARD {row.id} again\n" + (
         "less again/run-1/log.txt    # begins with the trainer's source"

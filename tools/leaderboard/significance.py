@@ -23,5 +23,5 @@ def judge(losses: Sequence[float], steps: Sequence[int], track: Track) -> tuple[
     first = track1(losses, track.target, track.alpha)
     if first.p is None:
         return None, False, f"{count} run{'s' * (count > 1)} without spread: no test can be made"
-    said = f"mean loss {middle:.5f} of {count} runs: p = {first.p:.2g} that it is below {track.target:g}"
+    said = f"mean loss {middle:.5f} of {count} runs: p = {first.p:.2g} against a mean of {track.target:g} or more"
     return first.p, first.passed, f"{said}, needed p < {track.alpha:g}"

@@ -12,7 +12,7 @@ DESCRIPTION, CONTRIBUTOR, CONTRIBUTORS, URL = 300, 60, 24, 300  # largest sizes
 # Control and format characters (bidi marks, zero widths, ESC), line and paragraph separators, halves of pairs.
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _PLACEHOLDER = re.compile(
-    r"\W*((a |the |my |short |run )*(description|run|test|submission|change|what changed|title|record)"
+    r"\W*((a |the |my |short |run )*(description|run|test|submission|change|what (was )?changed|title|record)"
     r"|todo.*|fixme.*|tbd|x+|asdf.*|hello,? world|example|lorem ipsum.*|describe .*|<[^<>]*>|foo|bar|none|n/?a)?\W*",
     re.IGNORECASE,
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 from nanogpt.common.errors import UserError
 from tools.leaderboard import group_checks, text
+from tools.leaderboard.clock_checks import NOT_JUDGED
 from tools.leaderboard.data_manifest import read_data_manifest
 from tools.leaderboard.evidence import Refused, Run, read_run_directory
 from tools.leaderboard.group_checks import Others, Result
@@ -62,7 +63,10 @@ class Verdict:
             left_out |= {"marks", "log", "data"}
         if self.kind != "record":
             left_out.add("statistics")
-        return [title for check, title in TITLES.items() if check not in left_out]
+        found = [title for check, title in TITLES.items() if check not in left_out]
+        if any(NOT_JUDGED in note for note in self.notes):
+            found = [title.partition(", and could have")[0] for title in found]
+        return found
 
 
 def expand(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -86,6 +90,10 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     runs = []
     for number, path in enumerate(paths, 1):
         label = f"run {number}"
+        if not path.exists() and not path.is_symlink():
+            raise UserError(
+                f"{path}: there is none; name run directories, an experiment's folder, or logs of modded-nanogpt"
+            )
         if path.is_dir():
             run = read_run_directory(path, label)
         else:

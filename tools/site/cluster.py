@@ -126,7 +126,8 @@ def no_answer(answer: Answer) -> CommandError:
     if "configuration source" in answer.err:
         return UserError(
             "SLURM's commands are installed here, but no cluster is configured (no slurm.conf, no SLURM_CONF); log in "
-            "to a cluster's login node, or: engaging practice up, or here: engaging launch --local"
+            "to a cluster's login node, or: engaging practice up, or run it here: engaging launch --local, "
+            "engaging experiment run --executor local"
         )
     return SlurmUnreachable(
         f"the SLURM controller does not answer ({slurm.refusal(answer)}); try again in a minute: "

@@ -186,11 +186,22 @@ def sign_of_cluster() -> str:
     return "there is /etc/slurm/slurm.conf" if Path("/etc/slurm/slurm.conf").is_file() else ""
 
 
+def cluster_here() -> bool:
+    """Whether there is a cluster to submit to: SLURM's commands, and a configuration for them.
+
+    A controller that does not answer is one; commands that somebody installed on a workstation are none.
+    """
+    if not available() or os.environ.get("SLURM_CONF"):
+        return available()
+    return "configuration source" not in ask(["sinfo", "-h", "-o", "%P"]).err
+
+
 def need_slurm(what: str) -> None:
     """UserError unless SLURM's commands are here."""
     if not available():
         raise UserError(
-            f"{what}: no SLURM here (no sbatch on PATH); log in to the cluster, or use launch --local"
+            f"{what}: no SLURM here (no sbatch on PATH); log in to the cluster, or run it here: "
+            "engaging launch --local, engaging experiment run --executor local"
         )
 
 

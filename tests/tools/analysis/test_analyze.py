@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import struct
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -163,6 +164,28 @@ def test_plain_runs_and_one_run_alone(engaging: Callable, tmp_path: Path) -> Non
     assert again.status == 0
 
 
+def test_losses_by_tokens_where_a_run_of_the_experiment_counts_them(tmp_path: Path) -> None:
+    # the metrics.jsonl of an experiment has steps and times alone
+    for name, loss in (("baseline", 3.3), ("idea", 3.2)):
+        folder = study_kit.write_experiment(tmp_path, name, [loss, loss + 0.01], steps=100, starts=[0, 1])
+        aside = study_kit.write_run(tmp_path / "aside" / name, loss)
+        (aside / "metrics.jsonl").rename(folder / "runs" / "run_0_seed_42" / "metrics.jsonl")
+    found = analyze.analyze(load([tmp_path / "baseline_20261121_060000", tmp_path / "idea_20261121_060000"]))
+    drawn = {one.name: one.figure for one in pictures.draw(found)}
+    line = drawn["loss_by_tokens"].axes[0].lines[0].get_xdata()
+    assert (line[0], line[-1]) == (0, 0.1)  # 100 steps of 1,000 tokens, in millions
+
+
+def test_the_record_is_context_for_runs_that_aim_at_its_loss(tmp_path: Path) -> None:
+    for name, target in (("ours", 3.28), ("other", 2.9)):
+        folder = tmp_path / name
+        study_kit.write_experiment(folder, "baseline", [3.25, 3.26], config={"target_val_loss": target})
+        names = [one.name for one in pictures.draw(analyze.analyze(load([folder])))]
+        assert ("record_history" in names) is (target == 3.28)
+        (one,) = analyze.analyze(load([folder])).groups
+        assert any("Track 3's rule" in said for said in one.sentences) is (target == 3.28)
+
+
 def test_names_made_to_break_pictures(tmp_path: Path) -> None:
     for number, name in enumerate(("_hidden", "$x^{$", "a\u202eb\nc", "x" * 300, "\u4e2d\u6587", "<b>&amp;")):
         study_kit.write_experiment(tmp_path / str(number), "e", [3.2, 3.3], config={"experiment_name": name})
@@ -181,6 +204,21 @@ def test_the_record_history_is_in_order() -> None:
     assert (
         next(row for row in rows if row.number == 89).minutes == 1.23 and "modded-nanogpt" in said["source"]
     )
+
+
+def test_the_records_that_are_missing_are_named_and_the_page_repeats_the_table() -> None:
+    rows, said = bands.history()
+    named = re.findall(r"(\d+)(?:-(\d+))?", said["note"].partition(" are missing")[0])
+    missing = {n for low, high in named for n in range(int(low), int(high or low) + 1)}
+    assert missing == set(range(1, 93)) - {row.number for row in rows}
+    page = (Path(__file__).resolve().parents[3] / "docs" / "codebase.md").read_text()
+    table = re.findall(r"^\| (\d+) \| (\w+ \d{4}) \| ([\d.]+) (min|s) \|", page, re.MULTILINE)
+    assert {1, 10, 20, 40, 64, 92} <= {int(number) for number, *_ in table}
+    known = {row.number: row for row in rows}
+    for number, month, time, unit in table:
+        row = known[int(number)]
+        ours = row.minutes * (60 if unit == "s" else 1)
+        assert f"{row.day:%B %Y}" == month and ours == pytest.approx(float(time), rel=0.005)
 
 
 def test_help_is_quick_and_needs_no_matplotlib() -> None:

@@ -39,3 +39,22 @@ def test_other_machines_and_hostile_text(tmp_path: Path) -> None:
     assert [key for key, _, _ in found.config] == ["hyperparameters.lr"]
     assert found.surroundings == [("GPU", "NVIDIA H100 80GB HBM3", "NVIDIA A100")]
     assert all(line.isprintable() for line in changes.text(found))
+
+
+def test_another_optimizer_brings_its_own_knobs_along(tmp_path: Path, engaging: Callable) -> None:
+    rates = {"adam_lr": 0.0015, "muon_lr": 0.025, "n_layer": 4}
+    one = write(tmp_path / "one", "a = 1\n", **{**rates, "optimizer": "adam", "adam_lr": 0.003})
+    two = write(tmp_path / "two", "a = 1\n", **{**rates, "optimizer": "muon", "muon_lr": 0.05})
+    done = engaging("compare", one, two).out
+    assert done.startswith(
+        "Changed:\n  optimizer: adam -> muon\n  with it, adam_lr: 0.003 -> 0.0015\n"
+        "  with it, muon_lr: 0.025 -> 0.05\n\n"
+    )
+    assert "at once" not in done
+    deeper = write(
+        tmp_path / "deeper", "a = 1\n", **{**rates, "optimizer": "muon", "muon_lr": 0.05, "n_layer": 6}
+    )
+    said = " ".join(engaging("compare", one, deeper).out.split())
+    assert "2 things changed at once (n_layer, optimizer)" in said
+    said = " ".join(engaging("compare", two, write(tmp_path / "x", "a = 2\n", optimizer="muon")).out.split())
+    assert "at once (adam_lr, muon_lr, n_layer, source)" in said

@@ -76,13 +76,16 @@ def test_looking_as_planned_is_wrong_as_rarely_as_it_says() -> None:
     assert peeked.mean() > 0.08  # what looking three times at the full level would have claimed
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 10])
 @pytest.mark.parametrize("kind", planning.KINDS)
-def test_the_power_is_what_chance_gives(kind: str) -> None:
+def test_the_power_is_what_chance_gives(kind: str, n: int) -> None:
+    # of the tests that `compare` makes: Welch's needs a larger t than Student's when the runs are few
     numbers = np.random.default_rng(3)
-    baseline, variant = numbers.normal(size=(2, 40_000, 4))
+    baseline, variant = numbers.normal(size=(2, 40_000, n))
+    gain = 6 / n**0.5
     if kind == "two-sample":
-        p = stats.ttest_ind(baseline + 2, variant, axis=1, alternative="greater").pvalue
+        p = stats.ttest_ind(baseline + gain, variant, axis=1, equal_var=False, alternative="greater").pvalue
     else:
-        p = stats.ttest_1samp(baseline + 2, 0, axis=1, alternative="greater").pvalue
-    share = planning.power(kind, 4, 2.0)
+        p = stats.ttest_1samp(baseline + gain, 0, axis=1, alternative="greater").pvalue
+    share = planning.power(kind, n, gain)
     assert (p < 0.01).mean() == pytest.approx(share, abs=4 * (share * (1 - share) / 40_000) ** 0.5)

@@ -96,6 +96,20 @@ def test_the_page_says_what_the_study_says(page_file: Path) -> None:
         assert words in text, words
 
 
+def test_holms_p_stands_beside_the_raw_one_where_several_were_tested(page_file: Path, tmp_path: Path) -> None:
+    from tools.analysis import report
+
+    several = page_file.read_text()
+    rows = re.findall(r'data-label="p, Holm"><span>([^<]+)<br>([^<]+)</span>', several)
+    assert "p (gain)<br>Holm</th>" in several and len(rows) > 3
+    tested = [(float(p.lstrip("&lt;")), float(holm.lstrip("&lt;"))) for p, holm in rows if p != "-"]
+    assert len(tested) > 2 and all(holm >= p for p, holm in tested) and any(holm > p for p, holm in tested)
+    for name, losses in (("baseline", [3.28, 3.29]), ("idea", [3.27, 3.26])):
+        study_kit.write_experiment(tmp_path, name, losses)
+    report.main([str(tmp_path), f"--out={tmp_path / 'one.html'}"])
+    assert "Holm" not in (tmp_path / "one.html").read_text()
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 390, 320])
 def test_on_a_screen(browser, page_file: Path, width: int, dark: bool) -> None:

@@ -1,6 +1,8 @@
 """The statistics against answers known from elsewhere: the contests' own rules, tables, worked examples."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -38,6 +40,25 @@ def test_one_run_has_no_spread() -> None:
     found = statistics.summary([{"run_id": 0, "seed": 1, "final_val_loss": 3.3, "success": True}])
     assert found["val_loss"]["mean"] == 3.3
     assert found["val_loss"]["std"] is None and found["val_loss"]["ci_95"] is None
+
+
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
+def test_students_t_is_scipys(level: float) -> None:
+    from scipy import stats
+
+    for df in (*range(1, 40), 99, 100, 999):
+        assert statistics.student(df, level) == pytest.approx(stats.t.ppf((1 + level) / 2, df), rel=1e-11)
+
+
+def test_the_summary_after_each_run_waits_for_no_scipy() -> None:
+    # its import takes about a second, in every task of an array and while the GPUs are held
+    code = (
+        "import sys; from tools.analysis import statistics; "
+        "rows = [{'success': True, 'final_val_loss': 3.0 + i, 'time_seconds': 1.0} for i in range(3)]; "
+        "print(statistics.summary(rows)['val_loss']['ci_95'], 'scipy' in sys.modules, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("] False False\n")
 
 
 def test_track_1_is_the_t_test_of_the_rules() -> None:

@@ -94,3 +94,10 @@ def test_without_prices_the_stages_cost_what_their_budget_says(clone):
     assert [row["cost"] for row in rows] == [4.0, 24.0, 80.0]
     rows = json.loads(kit.engaging(clone, *words, "--json", "--n-gpus", 2, check=False).stdout)
     assert [row["cost"] for row in rows] == [None] * 3
+
+
+def test_what_runs_here_has_no_time_limit_to_take_for_a_bound(clone):
+    words = ("plan", kit.STAGE_A, "--executor", "local", "--n-gpus", 0)
+    said = kit.engaging(clone, *words).stdout
+    assert "a guess of 2 h a run, none was measured here: --minutes" in said and "limit" not in said
+    assert "times: your estimate" in kit.engaging(clone, *words, "--minutes", "5m").stdout

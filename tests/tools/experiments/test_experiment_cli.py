@@ -1,5 +1,6 @@
 """The command line: quick help, and one line and status 2 for whatever is written wrongly."""
 
+import os
 import subprocess
 import sys
 
@@ -57,10 +58,14 @@ MISTAKES = [
     (["run", "--config", "{bad}/empty"], "holds no configuration"),
     (["run", "--config", "{bad}/twice"], "has the same; name one of them otherwise"),
     (["run", "--config", "{bad}/bases"], "base_1 is stage A's baseline already"),
-    (["run", "--config", "{bad}/no_script.json"], "this checkout has no such script"),
+    (
+        ["run", "--config", "{bad}/no_script.json"],
+        "has no such script; there are: modded_nanogpt/train_gpt_simple.py, nanogpt/train.py",
+    ),
     (["run", "--config", "{bad}/outside.json"], "expected a path inside the checkout"),
     (["run", "--config", "{bad}/absolute.json"], "expected a path inside the checkout"),
     (["run", "--config", "{bad}/flag.json"], "has no flag --varient; did you mean 'variant'"),
+    (["run", "--config", "{bad}/flag.json", "--dry-run"], "has no flag --varient; did you mean 'variant'"),
     (["run", "--config", "{bad}/secret.json"], "a secret on a command line"),
     (["run", "--config", "{bad}/gpus.json"], "n_gpus=64: this machine has"),
     (["run", "--config", "{bad}/plain.json", "--one-job"], "has no --plan"),
@@ -72,7 +77,11 @@ MISTAKES = [
     (["run", "--config", "{bad}/good.json", "--time", "soon"], "--time='soon'"),
     (["run", "--config", "{bad}/good.json", "--executor", "cloud"], "invalid choice: 'cloud'"),
     (["run", "--config", "{bad}/good.json", "--", "--seed=3"], "--seed: the runner sets it"),
-    (["run", "--config", "{bad}/good.json", "--", "--out_dir=x"], "--out_dir"),
+    (
+        ["run", "--config", "{bad}/good.json", "--", "--out_dir=x"],
+        "--out_dir: the runner sets it: each run has",
+    ),
+    (["run", "--config", "{bad}/good.json", "--", "--check"], "--check: the runner sets it"),
     (["run", "--config", "{bad}/good.json", "--", "--num_iterations=many"], "expected a whole number"),
     (["run", "--config", "{bad}/good.json", "--", "lr=3"], "only flags of the trainer"),
     (["status"], "required: STUDY"),
@@ -111,3 +120,25 @@ def test_the_line_goes_to_stderr(clone):
 
 def test_rules_are_printed(clone):
     assert "one pivot" in kit.engaging(clone, "promote", "--rules").stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "conf", "status"),
+    [
+        ("sinfo: fatal: Could not establish a configuration source", "", 0),
+        ("sinfo: fatal: Could not establish a configuration source", "/mistyped/slurm.conf", 2),
+        ("slurm_load_partitions: Unable to contact slurm controller", "", 75),
+    ],
+)
+def test_slurms_commands_without_a_cluster_are_no_cluster(clone, tmp_path, said, conf, status):
+    """As on a workstation that has its packages; a controller that is away, or a wrong path, is not that."""
+    for name in ("sbatch", "squeue", "sinfo", "scontrol", "sacct", "sacctmgr"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    path = kit.configuration(tmp_path / "configs", experiment_name="where")
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_CONF": conf}
+    for words in (("run", "--config", path, "--dry-run"), ("plan", path)):
+        done = kit.engaging(clone, *words, "--n-runs", 1, check=False, **env)
+        assert done.returncode == status, done.stdout + done.stderr
+        here = "no cluster is configured for them: this machine runs it" in done.stderr
+        assert here is (status == 0)

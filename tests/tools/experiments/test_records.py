@@ -160,10 +160,12 @@ def test_a_dirty_clone_leaves_its_diff(tmp_path):
     ):
         subprocess.run(["git", *words], cwd=root, check=True)
     path = kit.configuration(tmp_path / "configs", experiment_name="dirty")
-    kit.engaging(root, "run", "--config", path, "--executor", "local", "--n-runs", 1)
+    clean = kit.engaging(root, "run", "--config", path, "--executor", "local", "--n-runs", 1)
     with (root / "modded_nanogpt" / "train_gpt_simple.py").open("a") as file:
         file.write("# changed here\n")
-    kit.engaging(root, "run", "--config", path, "--executor", "local", "--n-runs", 1)
+    dirty = kit.engaging(root, "run", "--config", path, "--executor", "local", "--n-runs", 1)
+    assert "no commit holds" not in clean.stdout
+    assert "note: no commit holds 1 changed file of this clone" in dirty.stdout
     first, second = sorted(kit.experiments(root, "dirty"), key=lambda p: p.stat().st_ctime)
     assert not (first / "git_diff.patch").exists()
     assert "+# changed here" in (second / "git_diff.patch").read_text()
@@ -174,3 +176,15 @@ def test_a_dirty_clone_leaves_its_diff(tmp_path):
 @pytest.mark.parametrize("time", ["20261129_060000", "20261129_235959", "20261129_200000_2"])
 def test_an_experiments_name_at_any_hour(time):
     assert records.name_of(Path(f"experiment_logs/my_try_2_{time}")) == "my_try_2"
+
+
+def test_a_run_of_one_process_that_never_began_is_not_started(experiment):
+    # the runner notes the GPUs of all runs of the process, also of those that it did not reach
+    folder = experiment.run_folder(5)
+    (folder / "metrics.jsonl").unlink()
+    (folder / "config.json").unlink()
+    collect.write_outcome(folder, gpus=[])
+    last = status.standings(experiment.folder.parents[1], [experiment])[-1]
+    assert (last.run_id, last.state, last.note) == (5, "missing", "not started")
+    collect.write_outcome(folder, exit=2)
+    assert "refused to start" in collect.verdicts(experiment)[5].note

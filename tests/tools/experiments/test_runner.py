@@ -71,6 +71,17 @@ def test_a_dry_run_writes_nothing(clone, tmp_path):
     assert "--gpus=1" in commands[0] and kit.experiments(clone) == before
 
 
+def test_a_dry_run_of_one_job_prints_its_one_command_and_the_plan(clone, tmp_path):
+    two_variants(tmp_path, "dry_once")
+    said = run(clone, tmp_path, "--n-runs", 2, "--one-job", "--dry-run").stdout.splitlines()
+    (command,) = [line for line in said if "run.sh" in line]
+    assert command.endswith("_TIMESTAMP/runs/plan-TIMESTAMP.json") and "--seed" not in command
+    plan = [json.loads(line.removeprefix("#")) for line in said if line.startswith("#   {")]
+    assert [(entry["seed"], entry.get("variant")) for entry in plan] == [
+        (seed, variant) for seed in (42, 43) for variant in (None, "palm_parallel")
+    ]
+
+
 @pytest.mark.parametrize(
     ("flag", "why", "status"),
     [("break_seed", "it broke", 1), ("nan_seed", "was not finite at step", 70)],

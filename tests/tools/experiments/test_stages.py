@@ -152,3 +152,27 @@ def test_plan_of_configurations_with_prices(clone):
         clone, "plan", kit.STAGE_A, *LOCAL, "--minutes", "30m", "--price", "2", "--json", check=False
     )
     assert json.loads(priced.stdout)[0]["cost"] == 8 * 0.5 * 2
+
+
+def test_a_study_on_the_cpu_stays_there(clone):
+    """The shipped configurations of stage B ask for four GPUs each."""
+    names = [f"{kit.STAGE_A}/{name}_screening.json" for name in ("baseline", "palm")]
+    more = ("--config", names[1], "--n-runs", 2, "--n-gpus", 0, "--study", "here")
+    run(clone, names[0], *more, "--", "--num_iterations=12", "--val_loss_every=2")
+    said = kit.engaging(clone, "promote", "here").stdout
+    assert "baseline: 3 runs on a CPU" in said and "GPU-hours" not in said
+    assert "yes trend of the gain: " in said
+    assert "3 runs on 2 GPUs" in kit.engaging(clone, "promote", "here", "--n-gpus", 2).stdout
+
+
+def test_a_studys_name_takes_an_experiment_once(clone, tmp_path):
+    first = kit.configuration(tmp_path, experiment_name="once_base")
+    run(clone, first, "--n-runs", 1, "--study", "taken")
+    for more in ((), ("--dry-run",)):
+        done = run(clone, first, "--n-runs", 1, "--study", "taken", *more, check=False)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "--study=taken: has once_base already; engaging experiment resume taken" in done.stderr
+    assert len(kit.experiments(clone, "once_base")) == 1
+    run(clone, kit.configuration(tmp_path, experiment_name="once_idea"), "--n-runs", 1, "--study", "taken")
+    run(clone, first, "--n-runs", 1)  # without a study it is an experiment of its own
+    assert len(kit.experiments(clone, "once_base")) == 2

@@ -14,7 +14,7 @@ def swept(clone, tmp_path_factory):
     words = ("sweep", "tune", "--config", folder, "--set", "muon_lr=0.01,0.025,0.06", *LOCAL)
     before = kit.experiments(clone)
     dry = kit.engaging(clone, *words, "--dry-run").stdout
-    assert "2 arms, 3 trials each, 1 runs a trial" in dry and dry.count("--seed=42") == 6
+    assert "2 arms, 3 trials each, 1 run a trial" in dry and dry.count("--seed=42") == 6
     assert kit.experiments(clone) == before
     return folder, kit.engaging(clone, *words).stdout
 
@@ -25,6 +25,12 @@ def test_every_arm_gets_the_same_trials_and_its_best_is_taken(clone, swept):
     said = kit.engaging(clone, "sweep", "tune").stdout
     taken = [line.split()[:2] for line in said.splitlines() if line.endswith("<- taken")]
     assert taken == [["arm_base", "muon_lr=0.025"], ["arm_palm", "muon_lr=0.025"]] and "edge" not in said
+
+
+def test_what_follows_a_sweep_is_its_choice(clone, swept):
+    next_line = "next: engaging experiment sweep tune\n"
+    assert swept[1].endswith(next_line)
+    assert kit.engaging(clone, "status", "tune").stdout.endswith(next_line)
 
 
 def test_the_final_comparison_takes_seeds_that_no_trial_had(clone, swept):

@@ -247,6 +247,33 @@ def test_accepted(
         assert note in said
 
 
+def test_a_speed_that_was_not_judged_is_not_ticked_off(accepted: Callable[..., str]) -> None:
+    said = accepted(hardware_of_tomorrow())
+    assert "ok       the hardware is named\n" in said and "could have done it" not in said
+
+
+def test_a_track_of_ones_own_knows_the_small_trainers_arithmetic(tmp_path: Path, capsys) -> None:
+    """Its baseline's: a variant may do less than its shape says, and is not judged."""
+    (start,), data = kit.write_all(kit.seeds(1, track="steps", batch=524_288), tmp_path / "start")
+    board = tmp_path / "board"
+    new = ["--name=own", "--title=Our own", "--target=3.28", f"--data_root={data}"]
+    assert command.main(["track", str(board), str(start), *new]) == 0
+    for variant, ms, status, words in (
+        ("baseline", 300.0, 0, "ok       the hardware is named, and could have done it in that time"),
+        ("baseline", 30.0, 1, "times the peak of 8 x NVIDIA H100"),
+        ("mine.py", 30.0, 0, "the arithmetic of a token on this track is not known here"),
+    ):
+        runs = kit.seeds(4, track="steps", ms=ms, batch=524_288, change=f"{variant} {ms}")
+        for run in runs:
+            shape = {"num_layers": 12, "model_dim": 768, "sequence_length": 1024}
+            run.config["config"].update(shape, variant=variant)
+        paths, data = kit.write_all(runs, tmp_path / f"{variant} {ms}")
+        words_of = ["verify", *map(str, paths), f"--board={board}", "--track=own", f"--data_root={data}"]
+        found = command.main(words_of)
+        said = capsys.readouterr().out
+        assert (found, words in said) == (status, True), said
+
+
 def test_the_folder_of_an_experiment_stands_for_its_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -268,6 +268,7 @@ def test_addresses_that_are_taken(url: str) -> None:
     [
         "TODO", "todo: describe", "my run", "Test", "A short description", "describe what was changed", "<description>",
         "...", "xxx", "hello world", "asdf", "n/a", "what changed", "run", "Lorem ipsum dolor", "-", "FIXME later",
+        "what was changed",
     ],
 )  # fmt: skip
 def test_the_unedited_template_of_a_description_is_refused(
@@ -343,9 +344,11 @@ def test_foreign_logs(content: bytes, said: str, tmp_path: Path) -> None:
     "words, said",
     [
         (["sumbit"], "did you mean 'submit'"), (["verify"], "the following arguments are required"),
-        (["verify", "nowhere"], "nowhere"), (["verify", "a/records/b.json"], "is missing"),
+        (["verify", "nowhere"], "nowhere: there is none; name run directories"),
+        (["verify", "a/records/b.json"], "is missing"),
         (["verify", "--tarck=a", "x"], "--track"),
-        (["build", "nowhere"], "nowhere"), (["fetch", "x", "../y", "z"], "ID"), (["submit", "x", "y"], "--description"),
+        (["build", "nowhere"], "a new board: engaging leaderboard init nowhere"),
+        (["fetch", "x", "../y", "z"], "ID"), (["submit", "x", "y"], "--description"),
         (["track", "x", "y", "--name=a b", "--title=t", "--target=3"], "--name"),
         (["submit", ".", "x", "--description=Smear gate", "--log-url=javascript:x"], "is no board"),
     ],
@@ -354,6 +357,17 @@ def test_command_line(words: list[str], said: str, tmp_path: Path, monkeypatch) 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "somebodys").touch()
     assert said in refused(*words)
+
+
+@pytest.mark.parametrize("command_of", ["fetch", "retract", "correct"])
+def test_an_id_that_no_record_has(command_of: str, record: Path, tmp_path: Path) -> None:
+    board, close = record.parent.parent, record.stem[:-1] + ("0" if record.stem[-1] != "0" else "1")
+    more = {
+        "fetch": [tmp_path / "new"], "retract": ["--reason=mistuned"],
+        "correct": ["--reason=typo", "--description=Another gate for it"],
+    }[command_of]  # fmt: skip
+    said = refused(command_of, board, close, *more)
+    assert f"{close}: " in said and "has no record of this id" in said and f"'{record.stem}'" in said
 
 
 def test_the_door_prints_one_line_and_no_traceback(run_python: Callable, tmp_path: Path) -> None:

@@ -266,6 +266,12 @@ def test_charts_take_any_numbers() -> None:
     assert charts.loss_curves([[]], [], 3.28) == "" and charts.record_curve([], "seconds") == ""
 
 
+def test_the_labels_of_an_axis_have_the_same_decimals() -> None:
+    drawn = charts.loss_curves([[(step, 3.5 - step / 100) for step in range(60)]], [], 3.2)
+    labels = re.findall(r'text-anchor="end">([\d.]+)</text>', drawn)
+    assert "3.0" in labels and len({len(label) for label in labels}) == 1
+
+
 # In a browser
 
 SEEN = """(() => {

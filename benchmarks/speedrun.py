@@ -4,7 +4,7 @@
     python benchmarks/speedrun.py --dataset=/path/of/tokens --gpus=8             # the same lanes on more of them
     python benchmarks/speedrun.py --dataset=/path/of/tokens --steps=150          # cheaper steps, and more
     python benchmarks/speedrun.py --dataset=/path/of/tokens --flags=record89     # another preset
-    python benchmarks/speedrun.py --dataset=/path/of/tokens --flags="--xsa=false" # what leaving one out costs
+    python benchmarks/speedrun.py --dataset=/path/of/tokens --leave_out="xsa=false mudd=false" # what each is worth
     python benchmarks/speedrun.py --dataset=/path/of/tokens --cold=true          # and how long starting takes
 
 The record code (modded-nanogpt at record 89, adapted to torch 2.11) was measured on one H100 80GB HBM3: 242 / 441 /
@@ -17,8 +17,11 @@ the next one's start. `first 25 steps` are seconds on the clock. That a run comp
 the archive that the first one packed; `same node`, the second one's folders, which the runs then use as well. Each has
 one step of each kind. A start that fails is named, and the others go on. Checkpoints go.
 
+`--leave_out` also trains with each of the flags that it names, and prints what they change; start-up grows by a graph's
+compilation for those that change the model.
+
 `--dataset` is a folder of shards; with one training shard the run begins it again when it is used up, as the record's
-did there.
+did there. The preset's table of n-grams learns repeated text by heart: give two shards, or `--flags=--table_rows=0`.
 """
 
 import json
@@ -30,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -59,6 +62,9 @@ class Options:
     steps: int = knob(105, "scheduled steps; the record code was measured with 105", low=4, high=10_000)
     extension: int = knob(6, "steps after them", low=0, high=1000)
     flags: str = knob("", "further flags of the trainer, as a shell would split them")
+    leave_out: str = knob(
+        "", "NAME=VALUE flags, separated by spaces, each to be tried by itself beside the rest"
+    )
     cold: bool = knob(False, "also measure starting with empty, with packed and with filled compile caches")
     plot: str = knob("", "write the loss curves of the runs to this PNG")
 
@@ -148,6 +154,33 @@ def run_all(options: Options, variables: dict[str, str]) -> list[dict[str, float
     return found
 
 
+def print_ablations(options: Options, base: list[dict[str, float]], variables: dict[str, str]) -> list[str]:
+    """For each flag of `--leave_out` a line with what it changes, by the means of all seeds; what failed."""
+    failures = []
+    for flag in options.leave_out.split():
+        place = Path(options.out_dir) / "without" / flag.replace("=", "-")
+        tried = replace(options, flags=f"{options.flags} --{flag}", out_dir=str(place))
+        try:
+            runs = run_all(tried, variables)
+        except CommandError as error:
+            failures.append(f"--{flag}: {error}")
+            print(failures[-1], flush=True)
+            continue
+        changes = [
+            (
+                name,
+                statistics.mean(run[name] for run in runs) - statistics.mean(run[name] for run in base),
+                digits,
+            )
+            for name, digits in (("loss", 4), ("seconds", 2), ("GiB", 1))
+        ]
+        print(
+            f"--{flag}: " + ", ".join(f"{name} {change:+.{digits}f}" for name, change, digits in changes),
+            flush=True,
+        )
+    return failures
+
+
 def numbers_of(options: Options, events: list[dict], before: dict[str, float]) -> dict[str, float]:
     """Loss, seconds on the clock, ms a step by stage, memory, and seconds from the time in `before` to the start."""
     steps = [event for event in events if event["event"] == "train"]
@@ -198,11 +231,12 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="nanogpt-cold-") as disks:
         variables = print_start_ups(options, Path(disks), failures) if options.cold else {}
         runs = run_all(options, variables)
-    for seed, run in enumerate(runs, FIRST_SEED):
-        print(f"seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in run.items()))
-    print_table(options, runs)
+        for seed, run in enumerate(runs, FIRST_SEED):
+            print(f"seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in run.items()))
+        print_table(options, runs)
+        failures += print_ablations(options, runs, variables)
     if failures:
-        raise CommandError(f"{len(failures)} of the starts failed: {failures[0]}")
+        raise CommandError(f"{len(failures)} failed: {failures[0]}")
     if options.plot:
         plot(options)
 

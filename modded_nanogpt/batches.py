@@ -20,7 +20,8 @@ from modded_nanogpt.config import Config, resolve
 from modded_nanogpt.data_plan import DataPlan, check_validation, check_vocabulary, plan_data, tokens_needed
 from modded_nanogpt.kernels.embedding import Runs, runs_of
 from modded_nanogpt.ngrams import gram_rows, gram_signs
-from nanogpt.common.shards import Shard, TokenSet
+from modded_nanogpt.vocabulary import gpt2_classes
+from nanogpt.common.shards import Shard, TokenSet, data_root
 
 __all__ = ["Batch", "TrainBatches", "ValBatches", "tokens_needed"]
 
@@ -277,6 +278,9 @@ class _Packer:
         self.bigram_rows, self.table_rows = layer_plan.bigram_rows(config), layer_plan.table_rows(config)
         self.sign_rows = size.sign_rows if self.bigram_rows and config.bigram_signs else 0
         self.gram_signs = size.sign_rows
+        self.classes = None  # of each token, for the hashes of n-grams; None: the token itself
+        if self.table_rows and config.normalised_grams:
+            self.classes = gpt2_classes(data_root(config.data_root), size.padded_vocab)
 
     def pack(
         self,
@@ -321,8 +325,9 @@ class _Packer:
         """The fields of a batch about the table of n-grams."""
         if not self.table_rows:
             return {}
-        rows = gram_rows(inputs, self.table_rows)
-        found = {"gram_rows": rows, "gram_signs": gram_signs(inputs, self.gram_signs)}
+        ids = inputs if self.classes is None else self.classes[inputs]
+        rows = gram_rows(ids, self.table_rows)
+        found = {"gram_rows": rows, "gram_signs": gram_signs(ids, self.gram_signs)}
         if self.several:
             wanted, places = np.unique(rows, return_inverse=True)
             found |= {"gram_wanted": wanted, "gram_places": places.reshape(rows.shape)}

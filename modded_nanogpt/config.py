@@ -111,6 +111,9 @@ class Config:
         "auto", "rows of the table of hashed n-grams; auto: what the GPUs have room for, the record's 84,602,880 at "
         "most; 0: record 89's bigram table instead",
     )  # fmt: skip
+    normalised_grams: bool = knob(
+        False, "tokens that differ in case, accents or white space are one in the hashes of n-grams"
+    )
     bigram_signs: bool = knob(True, "random signs let pairs share a row of the bigram table")
     smear: bool = knob(True, "each embedding takes a little of the one before")
     attention_gates: bool = knob(True, "gates on the heads of the long layers")
@@ -309,8 +312,11 @@ def _check_techniques(config: Config) -> None:
         )
     if config.vocab_size == 1:
         raise UserError("--vocab_size=1: nothing is left to predict; 0 means GPT-2's 50,257")
-    if config.canonical and config.vocab_size:
-        raise UserError(f"--canonical=true: is made for GPT-2's tokens, not --vocab_size={config.vocab_size}")
+    for name in ("canonical", "normalised_grams"):
+        if getattr(config, name) and config.vocab_size:
+            raise UserError(
+                f"--{name}=true: is made for GPT-2's tokens, not --vocab_size={config.vocab_size}"
+            )
     if config.sampled_softmax and config.vocab_size:
         raise UserError(
             f"--sampled_softmax=true: is made for GPT-2's vocabulary, not --vocab_size={config.vocab_size}; add "

@@ -59,7 +59,7 @@ SIZES: dict[str, Size] = {
 CPU_RECIPES = tuple(name for name in SIZES if name.startswith("tiny"))  # small enough to train without a GPU
 
 # Techniques that a make has no place for; its preset switches them off, and switching one on is refused.
-_LATEST = ("narrow_heads", "depth_cut", "second_mlp", "grouped_mudd", "attention_cap")
+_LATEST = ("narrow_heads", "depth_cut", "second_mlp", "grouped_mudd", "attention_cap", "normalised_grams")
 LACKS: dict[str, tuple[str, ...]] = {
     "record": ("dc",),
     "record89": _LATEST,

@@ -2,8 +2,9 @@
 
 Two halves: pairs of tokens have the first, triples the second, each a hash of the tokens (hash embeddings, arXiv
 1709.03933). N-grams that share a row multiply it with signs of their own (arXiv 1504.04788). Borders between documents
-are not looked at. With t_0 the token, t_1 and t_2 the ones before it, M rows and P rows of signs, all products int32
-that wraps around, and remainders that are never negative:
+are not looked at. With --normalised_grams the classes of tokens take the place of tokens (`vocabulary.class_table`), so
+that "The cat" and "the cat" are one. With t_0 the token, t_1 and t_2 the ones before it, M rows and P rows of signs,
+all products int32 that wraps around, and remainders that are never negative:
 
     pair          (36313 t_0 ^ 27191 t_1) mod (M/2 - 1)
     its signs     (48271 t_0 ^ 30011 t_1) mod P

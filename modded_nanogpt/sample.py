@@ -87,11 +87,18 @@ def main(argv: list[str]) -> int:
     known = {field.name for field in dataclasses.fields(RunConfig)}
     kept = {name: value for name, value in record["config"].items() if name in known}
     kept.setdefault("table_rows", "0")  # a run of earlier code
+    root = shards.data_root(config.data_root or str(record["config"].get("data_root", "")))
     run_config = RunConfig(
-        **{**kept, **PLAIN, "device": config.device, "attention": "auto", "backend": "auto"}
+        **{
+            **kept,
+            **PLAIN,
+            "device": config.device,
+            "attention": "auto",
+            "backend": "auto",
+            "data_root": str(root),
+        }
     )
     table = read_table(checkpoint, run_config)
-    root = shards.data_root(config.data_root or str(record["config"].get("data_root", "")))
     words = tokenizer.make_tokenizer(record["tokens"], str(folder / "config.json"), root)
     prompt = words.encode(config.start or words.default_start)
     state = setup.build(run_config, ranks, compile_with="eager")

@@ -59,12 +59,13 @@ def inspect(config: Config) -> tuple[Config, dict]:
     data_plan = plan_data(token_set, config)
     check_targets(data_plan, token_set, config)
     check_validation(token_set, config)
-    for name in ("prefix", "canonical"):
-        if getattr(config, name) and token_set.tokenizer == "char":
-            raise UserError(
-                f"--{name}=true: is made for GPT-2's tokens, {token_set.folder} has characters; --{name}=false"
-            )
-    if config.prefix or config.canonical:
+    made_for_gpt2 = [name for name in ("prefix", "canonical", "normalised_grams") if getattr(config, name)]
+    if made_for_gpt2 and token_set.tokenizer == "char":
+        name = made_for_gpt2[0]
+        raise UserError(
+            f"--{name}=true: is made for GPT-2's tokens, {token_set.folder} has characters; --{name}=false"
+        )
+    if made_for_gpt2:
         gpt2_tokens(root)  # UserError when the vocabulary is not there and cannot be had
     if sum(shard.bytes for shard in token_set.shards) <= SMALL_DATA:
         verify(token_set)

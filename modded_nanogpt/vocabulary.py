@@ -1,4 +1,4 @@
-"""Two tables over GPT-2's tokens, made from nothing but their bytes: prefixes, and what can follow what.
+"""Three tables over GPT-2's tokens, made from nothing but their bytes: prefixes, what can follow what, what is alike.
 
 `prefix_table`: the longest proper prefix of each token that is a token itself. The training loss gives some credit for
 it ("prefix token prediction", record 88).
@@ -6,9 +6,14 @@ it ("prefix token prediction", record 88).
 `canonical_table`: which token can follow which in text that GPT-2's tokenizer has made (Vieira et al. 2025, arXiv
 2506.07956). "th" + "e" cannot: that text would have been "the". Evaluation may give such tokens the probability 0 and
 share it out among the others. What the table forbids never occurs; a few pairs that never occur are allowed.
+
+`class_table`: tokens that are the same word but for case, accents and white space share a class, from which hashes of
+n-grams may be made ("compressed" ids: Engram, arXiv 2601.07372; proposal 375 of the modded-nanogpt speedrun).
 """
 
+import re
 import unicodedata
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,6 +48,37 @@ def prefix_table(tokens: list[bytes], padded_vocab: int) -> np.ndarray:
                 table[token] = found
                 break
     return table
+
+
+def class_table(tokens: list[bytes], padded_vocab: int) -> np.ndarray:
+    """uint16 [padded_vocab]: the class of each token, which is the first token with the same `_normal_form`.
+
+    Tokens that are no whole characters, those of which nothing is left, end-of-text and the padding are alone. Of
+    GPT-2's 50,257 tokens 17,277 get another one's number, and 32,980 classes remain.
+    """
+    table, first = np.arange(padded_vocab, dtype=np.uint16), {}
+    for token, text in enumerate(tokens[:padded_vocab]):
+        try:
+            form = _normal_form(text.decode("utf-8"))
+        except UnicodeDecodeError:
+            continue
+        if form:
+            table[token] = first.setdefault(form, token)
+    return table
+
+
+@cache
+def gpt2_classes(root: Path, padded_vocab: int) -> np.ndarray:
+    """`class_table` of GPT-2's tokens (see `gpt2_tokens`), made once."""
+    return class_table(gpt2_tokens(root), padded_vocab)
+
+
+def _normal_form(text: str) -> str:
+    """`text` compatibly composed (NFKC), in lower case, without accents or white space around it; a blank for a run."""
+    parts = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
+    bare = "".join(char for char in parts if not unicodedata.category(char).startswith("M"))
+    one_line = re.sub("[ \t\r\n]+", " ", bare.lower())
+    return one_line if one_line == " " else one_line.strip("".join(WHITESPACE))
 
 
 def canonical_table(tokens: list[bytes], padded_vocab: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Rows and signs of n-grams: the specification's formulas in Python's own integers, wrapped as int32 products wrap."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from modded_nanogpt.batches import _Packer
 from modded_nanogpt.config import Config
 from modded_nanogpt.ngrams import gram_rows, gram_signs
+from modded_nanogpt.vocabulary import gpt2_classes
 
 RECORD = 84_602_880
 
@@ -56,6 +58,26 @@ def test_texts_without_tokens_before(length):
     rows = gram_rows(tokens, 64)
     assert rows[0, 0] == 31 and rows[1, : min(2, length)].tolist() == [63] * min(2, length)
     assert gram_signs(tokens, 64)[:, 0].tolist() == [0, 0]
+
+
+def test_texts_that_are_alike_share_their_rows(mirror, monkeypatch):
+    """Of " The cat" and "THE Cat" the pairs and triples are one with --normalised_grams, signs too, and not without."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(mirror / "tiktoken_cache"))
+    config = Config(recipe="tiny", prefix=False, sampled_softmax=False, device="cpu", normalised_grams=True)
+    one, other = [50_256, 383, 3797, 13, 0], [50_256, 10_970, 5181, 13, 0]
+
+    def batch(of: Config, tokens: list[int]):
+        return _Packer(of, False).pack(np.array(tokens, np.uint16), np.array([4]), 2, 4)
+
+    first, second = batch(config, one), batch(config, other)
+    assert torch.equal(first.gram_rows, second.gram_rows) and torch.equal(first.gram_signs, second.gram_signs)
+    assert not torch.equal(first.inputs, second.inputs)
+    classes = gpt2_classes(Path("unread"), 50_304)[one[:-1]]
+    assert torch.equal(first.gram_rows, torch.from_numpy(gram_rows(classes, 8192)))
+    plain = dataclasses.replace(config, normalised_grams=False)
+    assert not torch.equal(batch(plain, one).gram_rows[:, 1:3], batch(plain, other).gram_rows[:, 1:3])
+    older = dataclasses.replace(config, table_rows="0")  # the bigram table knows tokens
+    assert not torch.equal(batch(older, one).bigram_rows[1:3], batch(older, other).bigram_rows[1:3])
 
 
 def test_batches_have_them_and_several_ranks_what_they_want():

@@ -36,7 +36,7 @@ def test_the_records_numbers():
     off = {field.name for field in dataclasses.fields(config) if field.type is bool and not field.default}
     assert off == {
         "auto_resume", "overwrite", "check", "attention_at_6", "dc", "canonical", "wandb_log", "deterministic",
-        "fp8_qkv", "smoke", "new_source", "save_table",
+        "fp8_qkv", "smoke", "new_source", "save_table", "normalised_grams",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(config)} >= FREE
 
@@ -80,12 +80,14 @@ BAD = {
     "--half_rope=false": "add --key_offset=false",
     "--vocab_size=1": "nothing is left to predict",
     "--vocab_size=512 --canonical=true": "made for GPT-2's tokens",
+    "--vocab_size=512 --normalised_grams=true": "--normalised_grams=true: is made for GPT-2's tokens",
     "--auto_resume=true --overwrite=true": "keep one",
     "--init_from=resume --overwrite=true": "keep one",
     "--accept_changed=weather": "expected any of config,data,torch",
     "--out_dir= ": "needs a directory",
     "--out_dir=~nobody-here/x": "there is no such user",
     "--recipe=medium": "has no place for it",
+    "record89 --normalised_grams=true": "has no place for it",
     "--recipe=big": "expected one of record, record89, snapshot, medium, tiny, tiny_record89",
     "--embedding=tie": "expected one of tied_then_untied, tied, untied",
     "--cooldown=1.5": "must be at most 1.0",

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import tiktoken
 
-from modded_nanogpt.vocabulary import canonical_table, gpt2_tokens, may_follow, prefix_table
+from modded_nanogpt.vocabulary import (
+    _normal_form,
+    canonical_table,
+    class_table,
+    gpt2_tokens,
+    may_follow,
+    prefix_table,
+)
 from nanogpt.common.gpt2_encoding import gpt2_encoding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +56,38 @@ def test_prefixes_of_a_small_vocabulary():
     assert table[256:260].tolist() == [ord("a"), 256, 257, ord("b")]
     assert set(table[260:]) == {-1}
     assert prefix_table(tokens, 258).tolist() == table[:258].tolist()
+
+
+def test_classes_are_as_many_as_the_proposal_counts(encoding):
+    """32,980 classes, 17,277 tokens with another one's number, 9 of which nothing is left."""
+    tokens = [encoding.decode_single_token_bytes(token) for token in range(50_256)]
+    table, own = class_table(tokens, 50_304), np.arange(50_304)
+    assert table.dtype == np.uint16 and len(table) == 50_304
+    moved = np.flatnonzero(table != own)
+    assert len(moved) == 17_277 and len(np.unique(table[:50_257])) == 32_980
+    assert np.array_equal(table[table], table) and bool((table[moved] < moved).all())  # a class's first token
+    ids = {text: token for token, text in enumerate(tokens)}
+    words, blanks = ("the", " the", "The", " The", "THE", " THE"), ("\t", " ", "\n", "\n\n", "\xa0")
+    for same in (words, blanks, ("E", " é", "e", " E", "É")):
+        assert {table[ids[text.encode()]] for text in same} == {min(ids[text.encode()] for text in same)}
+    empty = {
+        text for text in tokens if text.decode(errors="ignore").encode() == text and not _normal_form(text.decode())
+    }  # fmt: skip
+    assert len(empty) == 9 and b"\x0b" in empty
+    for alone in (*empty, b"\xc3", b"\xe2\x80"):
+        assert table[ids[alone]] == ids[alone]
+    assert np.array_equal(table[50_256:], own[50_256:])  # end of text, padding
+
+
+def test_classes_of_a_small_vocabulary():
+    more = " A", " \u00c5", "\ufb01", "fi", "  "
+    tokens = [*(bytes([byte]) for byte in range(256)), *(text.encode() for text in more)]
+    table = class_table(tokens, 384)
+    assert table[ord("A")] == table[ord("a")] == table[256] == table[257] == ord("A")
+    assert table[258] == table[259] == 258  # a ligature is its letters
+    assert table[ord(" ")] == table[260] == table[ord("\n")] == ord("\t")
+    assert table[128:256].tolist() == list(range(128, 256))  # no characters by themselves
+    assert class_table(tokens, 258).tolist() == table[:258].tolist()
 
 
 def odd_texts(count: int) -> list[str]:

@@ -8,7 +8,7 @@ does not look across; everything else may. A document's last token is followed b
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from modded_nanogpt import layer_plan, schedule
 from modded_nanogpt.candidates import candidates, turn_of
 from modded_nanogpt.config import Config, resolve
+from modded_nanogpt.copying import ID_BITS, find_copies
 from modded_nanogpt.data_plan import DataPlan, check_validation, check_vocabulary, plan_data, tokens_needed
 from modded_nanogpt.kernels.embedding import Runs, runs_of
 from modded_nanogpt.ngrams import gram_rows, gram_signs
@@ -60,11 +61,20 @@ class Batch:
     # `gram_rows` among them.
     gram_wanted: Tensor | None = None  # (K,)
     gram_places: Tensor | None = None  # (2, L)
+    # With --copy_input: what tokens are compared by (`copying`), and what `to` finds with it.
+    copy_ids: Tensor | None = None  # int64 (L,)
+    copy_tokens: Tensor | None = None  # int32 (L,)
+    copy_buckets: Tensor | None = None  # int32 (L,)
 
     def to(self, device: torch.device) -> "Batch":
-        """On `device`, copied without waiting."""
-        if device.type == "cpu":
-            return self
+        """On `device`, copied without waiting, with what is found there."""
+        batch = self if device.type == "cpu" else self._copied_to(device)
+        if batch.copy_ids is None:
+            return batch
+        tokens, buckets = find_copies(batch.inputs, batch.copy_ids)
+        return replace(batch, copy_tokens=tokens, copy_buckets=buckets)
+
+    def _copied_to(self, device: torch.device) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
             if name not in FOR_CPU and isinstance(value, Tensor):
@@ -148,11 +158,11 @@ class TrainBatches:
         tokens = self._tokens(index)
         classes = schedule.sampled_classes(self.config, step)
         pieces = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-        ends = piece_ends(lengths, self._cap)
         turn = turn_of(step, lane, self.layout.lanes, classes, self._packer.vocabulary)
         return self._packer.pack(
-            np.concatenate(pieces), ends, self.boundaries(size), self.longest(size), (classes, turn)
-        )
+            np.concatenate(pieces), lengths.cumsum(), self.boundaries(size), self.longest(size), (classes, turn),
+            self._cap,
+        )  # fmt: skip
 
     def _tokens(self, index: int) -> np.ndarray:
         """The tokens of shard `index`, mapped; the one after it is asked for."""
@@ -278,8 +288,9 @@ class _Packer:
         self.bigram_rows, self.table_rows = layer_plan.bigram_rows(config), layer_plan.table_rows(config)
         self.sign_rows = size.sign_rows if self.bigram_rows and config.bigram_signs else 0
         self.gram_signs = size.sign_rows
-        self.classes = None  # of each token, for the hashes of n-grams; None: the token itself
-        if self.table_rows and config.normalised_grams:
+        self.by_class, self.copies = config.normalised_grams, config.copy_input
+        self.classes = None  # of each token, where something goes by them
+        if (self.table_rows and self.by_class) or (self.copies and not config.vocab_size):
             self.classes = gpt2_classes(data_root(config.data_root), size.padded_vocab)
 
     def pack(
@@ -289,12 +300,14 @@ class _Packer:
         num_boundaries: int,
         max_document: int,
         sampled: tuple[int, int] = (0, 0),
+        cap: int = 0,
     ) -> Batch:
         """`tokens` uint16 [L + 1] and where its documents end (the last may lie past L).
 
-        sampled: how many classes are scored (0: all), and where the turn stands (`candidates`).
+        sampled: how many classes are scored (0: all), and where the turn stands (`candidates`); cap: see `piece_ends`.
         """
-        length = len(tokens) - 1
+        length, lengths = len(tokens) - 1, np.diff(ends, prepend=0)
+        ends = piece_ends(lengths, cap)
         cu_seqlens = np.full(num_boundaries, length, np.int32)
         cu_seqlens[0] = 0
         cu_seqlens[1 : len(ends) + 1] = np.minimum(ends, length)
@@ -319,19 +332,27 @@ class _Packer:
             if sampled[0]
             else None,
             **self._grams(inputs),
+            copy_ids=self._copy_ids(inputs, lengths) if self.copies else None,
         )
 
     def _grams(self, inputs: np.ndarray) -> dict[str, Tensor]:
         """The fields of a batch about the table of n-grams."""
         if not self.table_rows:
             return {}
-        ids = inputs if self.classes is None else self.classes[inputs]
+        ids = self.classes[inputs] if self.by_class else inputs
         rows = gram_rows(ids, self.table_rows)
         found = {"gram_rows": rows, "gram_signs": gram_signs(ids, self.gram_signs)}
         if self.several:
             wanted, places = np.unique(rows, return_inverse=True)
             found |= {"gram_wanted": wanted, "gram_places": places.reshape(rows.shape)}
         return {name: self._tensor(values, torch.int32) for name, values in found.items()}
+
+    def _copy_ids(self, inputs: np.ndarray, lengths: np.ndarray) -> Tensor:
+        """`Batch.copy_ids`; lengths: of the documents."""
+        documents = np.repeat(np.arange(len(lengths)) << ID_BITS, lengths)[: len(inputs)]
+        return self._tensor(
+            documents | (inputs if self.classes is None else self.classes[inputs]), torch.int64
+        )
 
     def _runs(self, ids: np.ndarray) -> Runs:
         return Runs(*(self._tensor(part, torch.int32) for part in runs_of(ids)))

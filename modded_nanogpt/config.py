@@ -115,6 +115,9 @@ class Config:
         False, "tokens that differ in case, accents or white space are one in the hashes of n-grams"
     )
     bigram_signs: bool = knob(True, "random signs let pairs share a row of the bigram table")
+    copy_input: bool = knob(
+        False, "the token that followed the same text earlier in the document is an input too"
+    )
     smear: bool = knob(True, "each embedding takes a little of the one before")
     attention_gates: bool = knob(True, "gates on the heads of the long layers")
     cached_attention: bool = knob(True, "the last layers attend from one earlier residual")
@@ -215,6 +218,12 @@ class Config:
         _check_techniques(self)
         _check_steps(self)
         _check_lanes(self)
+
+
+def made_for_gpt2(config: Config) -> list[str]:
+    """The flags of `config` that need GPT-2's vocabulary."""
+    names = ["prefix", "canonical", "normalised_grams"] + ["copy_input"] * (not config.vocab_size)
+    return [name for name in names if getattr(config, name)]
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from modded_nanogpt.config import Config
 from modded_nanogpt.fast.capture import Recorder
 from modded_nanogpt.kernels.cross_entropy import eval_losses
 from modded_nanogpt.kernels.reference.cross_entropy import soft_cap
-from modded_nanogpt.model import Rows, SpeedrunModel
+from modded_nanogpt.model import Copied, Rows, SpeedrunModel
 from modded_nanogpt.optim.row_table import RowTable
 from modded_nanogpt.optim.sharded import Optimizer
 from modded_nanogpt.schedule import StepPlan
-from modded_nanogpt.tables import add_gradients, look_up
+from modded_nanogpt.tables import add_gradients, look_up, look_up_copied
 from nanogpt.common import hang
 from nanogpt.common.ranks import Ranks
 
@@ -65,23 +65,23 @@ class State:
 
 def lane_residual(
     model: SpeedrunModel, rows: Rows, sign_rows: Tensor | None, cu_seqlens: Tensor, longest: int,
-    short: Tensor, long: Tensor, fp8: bool,
+    short: Tensor, long: Tensor, fp8: bool, copied: Copied | None = None,
 ) -> Tensor:  # fmt: skip
     """The last residual of one lane (T, d), which the head reads; the loss is formed from it in `losses`."""
     documents = _documents(cu_seqlens, rows.embed.shape[0], longest)
-    return model(rows, sign_rows, documents, (short, long), fp8)
+    return model(rows, sign_rows, documents, (short, long), fp8, copied)
 
 
 def lane_losses(
     model: SpeedrunModel, rows: Rows, sign_rows: Tensor | None, targets: Tensor, cu_seqlens: Tensor, longest: int,
-    short: Tensor, long: Tensor, allowed: Tensor | None, inputs: Tensor,
+    short: Tensor, long: Tensor, allowed: Tensor | None, inputs: Tensor, copied: Copied | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of every token (T,) float32, in nats, for validation: bfloat16 operands, no further targets.
 
     allowed: which token may follow which (`vocabulary.canonical_table`), or None; inputs: (T,) int32.
     """
     documents = _documents(cu_seqlens, targets.numel(), longest)
-    x = model(rows, sign_rows, documents, (short, long), False)
+    x = model(rows, sign_rows, documents, (short, long), False, copied)
     return eval_losses(x, model.head, targets, losses.softcap(model.config), allowed, inputs)
 
 
@@ -186,7 +186,7 @@ def _with_gradient(state: State) -> list[torch.nn.Parameter]:
 # The fields of a batch that a lane's graph reads.
 BATCH_INPUTS = (
     "inputs", "targets", "cu_seqlens", "bigram_rows", "sign_rows", "candidates", "gram_rows", "gram_signs",
-    "gram_places",
+    "gram_places", "copy_tokens", "copy_buckets",
 )  # fmt: skip
 
 
@@ -222,6 +222,7 @@ def train_arguments(state: State, batch: Batch, rows: Rows, step: StepPlan) -> t
     return (
         state.model, rows, batch.sign_rows, batch.cu_seqlens, batch.max_document,
         *_windows(step.short_window, step.long_window), state.fp8_mlp or state.model.fp8_qkv,
+        look_up_copied(state.model, batch, step.tied),
     )  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def eval_lane(state: State, batch: Batch, tied: bool, windows: tuple[int, int]) 
     rows = look_up(state.model, state.table, batch, tied, train=False)
     return state.eval_graph(
         state.model, rows, batch.sign_rows, batch.targets, batch.cu_seqlens, batch.max_document,
-        *_windows(*windows), state.allowed, batch.inputs,
+        *_windows(*windows), state.allowed, batch.inputs, look_up_copied(state.model, batch, tied),
     )  # fmt: skip
 
 
@@ -247,7 +248,8 @@ def next_logits(state: State, batch: Batch, place: int, tied: bool, windows: tup
     """(V,) float32: the capped logits of the token after input `place`, for sampling."""
     model, rows = state.model, look_up(state.model, state.table, batch, tied, train=False)
     documents = _documents(batch.cu_seqlens, batch.inputs.numel(), batch.max_document)
-    x = model(rows, batch.sign_rows, documents, _windows(*windows), False)[place]
+    copied = look_up_copied(model, batch, tied)
+    x = model(rows, batch.sign_rows, documents, _windows(*windows), False, copied)[place]
     return soft_cap((model.head @ x).float(), losses.softcap(model.config))
 
 

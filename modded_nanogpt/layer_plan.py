@@ -63,9 +63,9 @@ _LATEST = ("narrow_heads", "depth_cut", "second_mlp", "grouped_mudd", "attention
 LACKS: dict[str, tuple[str, ...]] = {
     "record": ("dc",),
     "record89": _LATEST,
-    "snapshot": (*_LATEST, "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa", "dc"),
+    "snapshot": (*_LATEST, "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa", "dc", "copy_input"),
     "medium": (*_LATEST, "paired_heads", "bigram", "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa",
-               "dc", "attention_at_6"),
+               "dc", "attention_at_6", "copy_input"),
 }  # fmt: skip
 
 # Softmax scales at the start of training, by the rotary tables that queries and keys of norm sqrt(D) are turned with:

@@ -24,6 +24,7 @@ from modded_nanogpt import layer_plan
 from modded_nanogpt.attention import Documents, Extras, Rotaries, Rotary, attend, norm
 from modded_nanogpt.attention_backends import Backend
 from modded_nanogpt.config import Config, lane_tokens
+from modded_nanogpt.copying import BUCKETS
 from modded_nanogpt.kernels.mlp import Fp8Mlp, mlp
 from modded_nanogpt.layer_plan import (
     BACKED_OUT,
@@ -39,6 +40,7 @@ HIDDEN = 64  # width of the gate networks
 MUDD_SCALE = 0.1  # of the outputs of the MUDD networks; their biases are stored divided by it
 FIRST_GATE_SCALE = 0.1  # the same for the gates, where it is learned
 SKIP_START = -1.5  # before the sigmoid
+COPY_AT_INPUT, COPY_AT_END = 0.5, 1.0  # factors of what may be copied, where it joins the residual
 INPUT = -1  # among the kept residuals: the input of layer 0
 
 Values = tuple[Tensor, ...] | None  # the rows of each value table, (T, d)
@@ -52,6 +54,13 @@ class Rows(NamedTuple):
     second: Tensor | None = None  # (T, d): of the second embedding, which the medium track has
     value: Tensor | None = None  # (tables, T, d)
     bigram: Tensor | None = None  # (T, d): of the bigram table, or of the table of n-grams
+
+
+class Copied(NamedTuple):
+    """What each of T tokens may be about to repeat (`copying`); no gradient goes through it."""
+
+    rows: Tensor  # (T, d): the candidates' embeddings
+    buckets: Tensor  # (T,) int32
 
 
 class SpeedrunModel(nn.Module):
@@ -120,6 +129,8 @@ class SpeedrunModel(nn.Module):
             shapes["mudd_b2"] = ((2, widths), None)
             if config.grouped_mudd:
                 shapes["mudd_groups"] = ((sources, size.mudd_groups, HIDDEN), None)
+        if config.copy_input:
+            shapes |= {"copy_scales": ((BUCKETS,), wide), "copy_embeds": ((BUCKETS, d), wide)}
         width = layer_plan.gate_width(config)
         if config.input_gates:
             shapes |= {"gate_w1": ((2, HIDDEN, d), None), "gate_w2": ((2, width, HIDDEN), None)}
@@ -148,7 +159,9 @@ class SpeedrunModel(nn.Module):
         if self.config.value_embeds:
             self.value_embeds.normal_(0.0, 0.01, generator=generator)
             self.ve_gates.zero_()
-        for name in ("bigram", "smear_gate", "mudd_w2", "mudd_groups", "gate_w2"):
+        for name in (
+            "bigram", "smear_gate", "mudd_w2", "mudd_groups", "gate_w2", "copy_scales", "copy_embeds",
+        ):  # fmt: skip
             if hasattr(self, name):
                 getattr(self, name).zero_()
         for name in ("mudd_w1", "gate_w1"):
@@ -185,11 +198,12 @@ class SpeedrunModel(nn.Module):
         documents: Documents,
         windows: tuple[Tensor, Tensor],
         fp8: bool,
+        copied: Copied | None = None,
     ) -> Tensor:
         """The normalised residual at the end (T, d), which the head reads.
 
         sign_rows: (T,) int32; windows: short and long, 0-dim int32 tensors on the CPU, in tokens; fp8: whether what
-        `setup` has chosen reads 8-bit operands (training only).
+        `setup` has chosen reads 8-bit operands (training only); copied: with `copy_input`.
         """
         weights, bigram = self._attention_weights(), rows.bigram
         x0 = norm(self._smeared(rows.embed))
@@ -197,6 +211,9 @@ class SpeedrunModel(nn.Module):
             bigram = bigram * self.signs[sign_rows]
         gate = self._gate_values(PRE, x0)
         x = x0 if bigram is None else x0 + gate["bigram", 0] * bigram
+        likely = None if copied is None else self._copied(copied)
+        if likely is not None:
+            x = x + COPY_AT_INPUT * likely
         kept: dict[int, Tensor] = {INPUT: x}  # residuals that later layers read
         late_input, values = None, None if rows.value is None else rows.value.unbind(0)
 
@@ -261,7 +278,9 @@ class SpeedrunModel(nn.Module):
                 x = residual[1] * x
             if layer.keep_output:
                 kept[layer.index] = x
-        return norm(self._mudd_end(x, values, kept, last, late_input) if self.config.mudd else x)
+        if self.config.mudd:
+            x = self._mudd_end(x, values, kept, last, late_input)
+        return norm(x if likely is None else x + COPY_AT_END * likely)
 
     def _attention_weights(self) -> list[tuple[Tensor, Tensor]]:
         """[(Q, K and V (H (2 D + V), d), output (d, H V))] by bank slot; a layer's learned factors are multiplied in.
@@ -292,6 +311,20 @@ class SpeedrunModel(nn.Module):
         strength = torch.sigmoid(F.linear(embed[1:, : self.size.gate_dims], self.smear_gate))
         # The scalars begin with two a layer; then comes this one.
         return torch.cat([embed[:1], embed[1:] + self.scalars[2 * len(self.layers)] * strength * embed[:-1]])
+
+    def _copied(self, copied: Copied) -> Tensor:
+        """(T, d): s_b x norm(embedding of the candidate) + e_b of each token's bucket b; e_0 where there is none.
+
+        Both begin at 0. The embedding gets no gradient from it (proposal 378 does not say), which saves a way back.
+        """
+        # Rows are picked by a product, so that their gradients are one: thousands of tokens share a row.
+        wide = -(-BUCKETS // 8) * 8  # as matrix units like it
+        picked = copied.buckets[:, None] == torch.arange(wide, device=copied.buckets.device)
+        picked = picked.to(copied.rows.dtype)
+        scales = F.pad(self.copy_scales, (0, wide - BUCKETS)).to(picked.dtype)
+        embeds = F.pad(self.copy_embeds, (0, 0, 0, wide - BUCKETS)).to(picked.dtype)
+        there = (copied.buckets > 0)[:, None]
+        return (picked @ scales[:, None]) * there * norm(copied.rows) + picked @ embeds
 
     def _gate_values(self, tier: int, z: Tensor) -> dict[tuple[str, int], Tensor]:
         """{(name, layer): (T, width)} of one gate network on z (T, d), or of plain learned numbers."""

@@ -85,8 +85,9 @@ class OlderModel(SpeedrunModel):
         return math.sqrt(3.0 / self.size.width)
 
     def forward(
-        self, rows: Rows, sign_rows: None, documents: Documents, windows: tuple[Tensor, Tensor], fp8: bool
-    ) -> Tensor:
+        self, rows: Rows, sign_rows: None, documents: Documents, windows: tuple[Tensor, Tensor], fp8: bool,
+        copied: None = None,
+    ) -> Tensor:  # fmt: skip
         """The normalised residual at the end (T, d), which the head reads. Arguments as `SpeedrunModel.forward`."""
         weights, fp8_state = self._attention_weights(), self.fp8 if fp8 else None
         mlps = self.mlp_bank.view(-1, self.size.mlp_width, self.size.width).unbind(0)  # up and down alternate

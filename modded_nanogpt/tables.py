@@ -9,7 +9,7 @@ from torch import Tensor
 from modded_nanogpt import layer_plan
 from modded_nanogpt.batches import Batch
 from modded_nanogpt.kernels.embedding import add_rows_
-from modded_nanogpt.model import Rows, SpeedrunModel
+from modded_nanogpt.model import Copied, Rows, SpeedrunModel
 from modded_nanogpt.optim.row_table import RowTable
 
 
@@ -35,6 +35,14 @@ def look_up(model: SpeedrunModel, table: RowTable | None, batch: Batch, tied: bo
         if rows is not None and train:
             rows.requires_grad_()
     return found
+
+
+@torch.no_grad()
+def look_up_copied(model: SpeedrunModel, batch: Batch, tied: bool) -> Copied | None:
+    """The embeddings of what the batch's tokens may be about to repeat; None without `copy_input`."""
+    if not model.config.copy_input:
+        return None
+    return Copied((model.head if tied else model.embed)[batch.copy_tokens], batch.copy_buckets)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ import os
 import typing
 
 from modded_nanogpt import compile_cache, layer_plan, many_runs, schedule, table_plan
-from modded_nanogpt.config import FREE, PRESETS, Config, Plan, resolve
+from modded_nanogpt.config import FREE, PRESETS, Config, Plan, made_for_gpt2, resolve
 from modded_nanogpt.layer_plan import CPU_RECIPES
 from nanogpt.common import compiler, rundir
 from nanogpt.common.errors import EXIT_INTERRUPTED, NonFiniteError, UserError, run_command
@@ -59,13 +59,12 @@ def inspect(config: Config) -> tuple[Config, dict]:
     data_plan = plan_data(token_set, config)
     check_targets(data_plan, token_set, config)
     check_validation(token_set, config)
-    made_for_gpt2 = [name for name in ("prefix", "canonical", "normalised_grams") if getattr(config, name)]
-    if made_for_gpt2 and token_set.tokenizer == "char":
-        name = made_for_gpt2[0]
+    names = made_for_gpt2(config)
+    if names and token_set.tokenizer == "char":
         raise UserError(
-            f"--{name}=true: is made for GPT-2's tokens, {token_set.folder} has characters; --{name}=false"
+            f"--{names[0]}=true: is made for GPT-2's tokens, {token_set.folder} has characters; --{names[0]}=false"
         )
-    if made_for_gpt2:
+    if names:
         gpt2_tokens(root)  # UserError when the vocabulary is not there and cannot be had
     if sum(shard.bytes for shard in token_set.shards) <= SMALL_DATA:
         verify(token_set)

@@ -82,17 +82,19 @@ def compare(device: str, recorder: type[Recorder], tolerance: float, *flags: str
         torch.testing.assert_close(found[name], expected, rtol=0, atol=tolerance, msg=name)
 
 
-def test_replayed_lanes_train_as_called_ones():
+@pytest.mark.parametrize("flags", [(), ("--copy_input=true",)])
+def test_replayed_lanes_train_as_called_ones(flags):
     torch.set_num_threads(1)
-    compare("cpu", Repeater, 1e-6)
+    compare("cpu", Repeater, 1e-6, *flags)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", ["false", "true"])
-def test_graphs_train_as_calls_on_a_gpu(compiled):
+@pytest.mark.parametrize("flags", [("false",), ("true",), ("true", "--copy_input=true")])
+def test_graphs_train_as_calls_on_a_gpu(flags):
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA driver on this machine")
-    compare("cuda", Recorder, 2e-3, f"--compile={compiled}", "--attention=auto")
+    compiled, *more = flags
+    compare("cuda", Recorder, 2e-3, f"--compile={compiled}", "--attention=auto", *more)
 
 
 def test_what_is_no_longer_true_of_a_recording_is_refused():

@@ -11,6 +11,7 @@ from torch._inductor import config as inductor_config
 from modded_nanogpt import lanes, schedule, setup
 from modded_nanogpt.batches import Batch
 from modded_nanogpt.config import PRESETS, Config
+from modded_nanogpt.copying import find_copies
 from modded_nanogpt.kernels.embedding import Runs, runs_of
 from modded_nanogpt.ngrams import gram_rows, gram_signs
 from nanogpt.common.flags import parse_values
@@ -52,12 +53,14 @@ def lane(seed: int) -> Batch:
         torch.from_numpy(make(tokens[:-1].numpy(), size))
         for make, size in ((gram_rows, 8192), (gram_signs, 64))
     ]
+    copied = find_copies(tokens[:-1].int(), tokens[:-1] % 64)  # of one document, as if there were 64 classes
     both = dict(
         zip(("gram_rows", "gram_signs"), grams, strict=True)
     )  # each model takes what it has a table for
     return Batch(
-        tokens[:-1].int(), tokens[1:], bounds.int(), rows, (rows % 64).int(), rows, *runs, TOKENS, **both
-    )
+        tokens[:-1].int(), tokens[1:], bounds.int(), rows, (rows % 64).int(), rows, *runs, TOKENS, **both,
+        copy_tokens=copied[0], copy_buckets=copied[1],
+    )  # fmt: skip
 
 
 def gradients(
@@ -115,6 +118,31 @@ def test_windows_weights_and_batches_need_no_other_graph(state):
         for name, gradient in got.items():
             torch.testing.assert_close(gradient, want[name], rtol=1e-4, atol=1e-6)
     assert len(graphs) == 1
+
+
+def test_with_copies_a_lane_is_one_graph_too():
+    """--copy_input: the compiled lane gives eager's loss and gradients, and the validation is compiled whole."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    state = setup.build(small("--copy_input=true"), ALONE)
+    setup._randomize(state, 7)
+    compiled = dataclasses.replace(
+        state,
+        train_graph=torch.compile(lanes.lane_residual, fullgraph=True, backend="eager"),
+        eval_graph=torch.compile(lanes.lane_losses, fullgraph=True, backend="eager"),
+    )
+    batch, plan = lane(1), schedule.at(state.model.config, 0)
+    assert 0 < int((batch.copy_buckets > 0).sum()) < TOKENS
+    expected, want = gradients(state, batch, plan)
+    loss, got = gradients(compiled, batch, plan)
+    assert loss == pytest.approx(expected, rel=1e-6) and got.keys() == want.keys()
+    for name, gradient in got.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, want[name], rtol=1e-4, atol=1e-6)
+    losses = lanes.eval_lane(state, batch, False, (16, 32))
+    torch.testing.assert_close(lanes.eval_lane(compiled, batch, False, (16, 32)), losses)
+    nothing = dataclasses.replace(batch, copy_buckets=torch.zeros_like(batch.copy_buckets))
+    assert not torch.allclose(lanes.eval_lane(state, nothing, False, (16, 32)), losses)
 
 
 def test_every_parameter_learns(state):

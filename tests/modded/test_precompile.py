@@ -55,8 +55,9 @@ def test_the_graphs_of_track_1_in_the_order_of_the_warm_up():
     assert sizes == [16_384, 32_768, 49_152, 40_960]
 
 
-def test_a_blank_lane_has_the_shapes_of_a_real_one():
-    config = configured("tiny", "--vocab_size=512", "--prefix=false")
+@pytest.mark.parametrize("copies", ["false", "true"])
+def test_a_blank_lane_has_the_shapes_of_a_real_one(copies):
+    config = configured("tiny", "--vocab_size=512", "--prefix=false", f"--copy_input={copies}")
     batch = blank_batch(config, 256, 32, 128, CPU)
     state = setup.build(config, Ranks(0, 0, 1, CPU))
     state.model.init_weights(1)

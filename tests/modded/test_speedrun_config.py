@@ -37,6 +37,7 @@ def test_the_records_numbers():
     assert off == {
         "auto_resume", "overwrite", "check", "attention_at_6", "dc", "canonical", "wandb_log", "deterministic",
         "fp8_qkv", "smoke", "new_source", "save_table", "normalised_grams",
+        "copy_input",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(config)} >= FREE
 
@@ -88,6 +89,7 @@ BAD = {
     "--out_dir=~nobody-here/x": "there is no such user",
     "--recipe=medium": "has no place for it",
     "record89 --normalised_grams=true": "has no place for it",
+    "snapshot --copy_input=true": "has no place for it",
     "--recipe=big": "expected one of record, record89, snapshot, medium, tiny, tiny_record89",
     "--embedding=tie": "expected one of tied_then_untied, tied, untied",
     "--cooldown=1.5": "must be at most 1.0",

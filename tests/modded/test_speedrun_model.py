@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from modded_nanogpt import attention_backends, layer_plan, schedule
 from modded_nanogpt.attention import Documents, Rotary
 from modded_nanogpt.config import PRESETS, Config
-from modded_nanogpt.model import Rows, SpeedrunModel
+from modded_nanogpt.model import Copied, Rows, SpeedrunModel
 from modded_nanogpt.optim.table import table
 from nanogpt.common.flags import parse_values
 
@@ -188,12 +188,13 @@ def literal(
 
 
 def run(
-    model: SpeedrunModel, tokens: torch.Tensor, signs: torch.Tensor, short: int, long: int
-) -> torch.Tensor:
+    model: SpeedrunModel, tokens: torch.Tensor, signs: torch.Tensor, short: int, long: int,
+    copied: Copied | None = None,
+) -> torch.Tensor:  # fmt: skip
     cu = torch.tensor(BOUNDS, dtype=torch.int32)
     start, end = attention_backends.documents(cu, T)
     windows = tuple(torch.tensor(window, dtype=torch.int32) for window in (short, long))
-    return model(rows(model, tokens), signs, Documents(cu, start, end, 26), windows, False)
+    return model(rows(model, tokens), signs, Documents(cu, start, end, 26), windows, False, copied)
 
 
 def inputs(vocab: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,9 +241,14 @@ def attention92(model, slot, u, *, layer, window, extra, gate, alpha):
 
 @torch.no_grad()
 def literal92(
-    model: SpeedrunModel, tokens: torch.Tensor, signs: torch.Tensor, short: int, long: int
+    model: SpeedrunModel,
+    tokens: torch.Tensor,
+    signs: torch.Tensor,
+    short: int,
+    long: int,
+    likely: float = 0.0,
 ) -> torch.Tensor:
-    """The layer table of record 92, in its order."""
+    """The layer table of record 92, in its order; likely: (T, d), what joins the residual with `copy_input`."""
     found = rows(model, tokens)
     e, b = found.embed, found.bigram
     x0 = e.clone()
@@ -253,7 +259,7 @@ def literal92(
     assert pre.shape[1] == 23
     alphas, gates = {1: pre[:, 0:6], 3: pre[:, 6:12]}, {3: pre[:, 12:18]}
     of_x0, of_b = {0: pre[:, 18], 1: pre[:, 20], 2: pre[:, 22]}, {1: pre[:, 21]}
-    c0 = x = x0 + pre[:, 19, None] * b
+    c0 = x = x0 + pre[:, 19, None] * b + 0.5 * likely
     slots, tables = {0: 0, 1: 1, 2: 2, 3: 3, 5: 4, 8: 5}, {1: 0, 2: 1, 8: 2}
     mlps = {**{k: [k] for k in range(7)}, 8: [7, 10], 9: [8]}
     c = {}
@@ -305,13 +311,36 @@ def literal92(
             weight = hidden @ (model.mudd_w2[1, k] + model.mudd_groups[k, g]) + model.mudd_b2[1, k]
             part = slice(g * width, (g + 1) * width)
             out[:, part] += 0.1 * weight[:, None] * source[:, part]
-    return norm(out)
+    return norm(out + likely)
 
 
 def test_the_forward_pass_is_record_92s():
     model = build(small("tiny", "--vocab_size=1000"))
     got, expected = run(model, *inputs(), 8, 16), literal92(model, *inputs(), 8, 16)
     assert (got - expected).abs().max() < 1e-5  # the angles are float32
+
+
+def test_what_may_be_copied_joins_the_residual_twice():
+    """s_b x norm(embedding) + e_b, a token at a time, and both tables learn."""
+    model = build(small("tiny", "--vocab_size=1000", "--copy_input=true"))
+    assert model.copy_scales.shape == (31,) and model.copy_embeds.shape == (31, D)
+    buckets = torch.randint(31, (T,), generator=torch.Generator().manual_seed(5), dtype=torch.int32)
+    buckets[:4] = torch.tensor([0, 30, 0, 1])
+    candidates = model.embed[torch.arange(T) + 700].detach()
+    likely = torch.stack([
+        (model.copy_scales[b] * norm(row) if b else 0.0) + model.copy_embeds[b]
+        for b, row in zip(buckets.tolist(), candidates, strict=True)
+    ]).detach()  # fmt: skip
+    got = run(model, *inputs(), 8, 16, Copied(candidates, buckets))
+    assert (got - literal92(model, *inputs(), 8, 16, likely)).abs().max() < 1e-5
+    got.square().sum().backward()
+    for learned in (model.copy_scales, model.copy_embeds):
+        assert learned.grad.abs().sum() > 0
+    assert model.copy_scales.grad[0] == 0  # nothing is copied there
+    model.init_weights(1)
+    with torch.no_grad():
+        blank = run(model, *inputs(), 8, 16, Copied(candidates, buckets))
+        assert torch.equal(blank, run(model, *inputs(), 8, 16))  # at the start of training it changes nothing
 
 
 TECHNIQUES = [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from modded_nanogpt import sample, train_gpt
 from nanogpt.common.errors import UserError
@@ -29,25 +30,30 @@ FLAGS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root whose set `tiny` has documents of 1 to 300 tokens, each counting upwards: something to learn."""
-    root = tmp_path_factory.mktemp("data")
-    (root / "tiny").mkdir()
+def counting(folder: Path, values: int) -> None:
+    """The set `folder`: documents of 1 to 300 tokens, each counting upwards below `values`: something to learn."""
+    folder.mkdir()
     rng = np.random.default_rng(5)
 
     def text(tokens: int) -> np.ndarray:
         pieces: list[np.ndarray] = []
         while sum(map(len, pieces)) < tokens:
-            length, first = rng.integers(1, 300), rng.integers(0, 500)
-            pieces += [np.array([EOT]), (first + np.arange(length)) % 500]
+            length, first = rng.integers(1, 300), rng.integers(0, values)
+            pieces += [np.array([EOT]), (first + np.arange(length)) % values]
         return np.concatenate(pieces)[:tokens].astype(np.uint16)
 
     entries = []
     for split, number, tokens in (("train", 1, 40_000), ("train", 2, 40_000), ("val", 0, 3000)):
-        entry = write_shard(root / "tiny" / f"tiny_{split}_{number:06}.bin", text(tokens))
+        entry = write_shard(folder / f"{folder.name}_{split}_{number:06}.bin", text(tokens))
         entries.append({**entry, "split": split})
-    write_manifest(root / "tiny", "tiny", "gpt2", VOCAB, EOT, entries)
+    write_manifest(folder, folder.name, "gpt2", VOCAB, EOT, entries)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the set `tiny`, in whose documents nothing is repeated."""
+    root = tmp_path_factory.mktemp("data")
+    counting(root / "tiny", 500)
     return root
 
 
@@ -158,6 +164,25 @@ def test_two_ranks_train_the_same_lanes(fork, undisturbed, tmp_path):
         records(tmp_path / "two", "val")[-1]["val_loss"] - records(undisturbed, "val")[-1]["val_loss"]
     )
     assert abs(difference) < 1e-4
+
+
+def test_with_copies_it_resumes_exactly_and_two_ranks_agree(fork, tmp_path):
+    """--copy_input, on texts that repeat: a killed run has the losses of one alone, two ranks nearly."""
+    counting(tmp_path / "cycles", 40)
+    flags = f"--dataset={tmp_path}/cycles", "--copy_input=true", "--save_interval=2", "--keep_checkpoints=9"
+    alone, killed, two = (tmp_path / name for name in ("alone", "killed", "two"))
+    finished(fork(alone, *flags))
+    learned = load_file(max((alone / "checkpoints").glob("step_*")) / "model.safetensors")
+    assert learned["copy_scales"].shape == (31,) and learned["copy_scales"][[1, 30]].abs().min() > 0
+    assert learned["copy_scales"][0] == 0 and learned["copy_embeds"][[0, 1, 30]].abs().min() > 0
+    (child,) = fork(killed, *flags, "--warmup=true")
+    wait_for(lambda: (killed / "checkpoints" / "step_00000002").exists() or child.status is not None)
+    os.kill(child.pid, signal.SIGKILL)
+    finished([child], status=-signal.SIGKILL)
+    finished(fork(killed, *flags, "--auto_resume=true"))
+    assert losses(killed) == losses(alone)
+    finished(fork(two, *flags, ranks=2))
+    assert max(abs(losses(two)[step] - loss) for step, loss in losses(alone).items()) < 1e-4
 
 
 def test_a_run_is_replayed_from_its_log_alone(data, undisturbed, tmp_path):

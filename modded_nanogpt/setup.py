@@ -20,7 +20,7 @@ from modded_nanogpt.compile_cache import CompileCache, environment
 from modded_nanogpt.config import FREE, Config, resolve
 from modded_nanogpt.fast.capture import Recorder
 from modded_nanogpt.kernels import fp8
-from modded_nanogpt.kernels.mlp import Fp8Mlp
+from modded_nanogpt.kernels.mlp_weights import Fp8Mlp
 from modded_nanogpt.lanes import (
     NEW_PROGRESS,
     State,

@@ -93,7 +93,6 @@ def made_small(command: str, clone: Path) -> tuple[list[str], Path]:
         words[0] = str(clone / "tools/bin/engaging")
     kind = next((kind for kind in APPENDED if f"nanogpt.{kind}" in words or f"{kind}.py" in words), "")
     words += APPENDED.get(kind, ())
-    words += ["--num_threads=1"] if any(word.startswith("modded_nanogpt.train") for word in words) else []
     words += (
         ["--max_iters=8"] if "--init_from=resume" in words else []
     )  # to go on with a run that is finished

@@ -38,7 +38,7 @@ def a_run(path, steps=50):
     ]
     lines.append(json.dumps({"event": "val", "step": steps - 1, "val_loss": 3.2}))
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (path / "config.json").write_text('{"max_iters": 649}')
+    (path / "config.json").write_text('{"config": {"max_iters": 649}}')
     (path / "log.txt").write_text("".join(f"line {n}\n" for n in range(100)))
     return path
 

@@ -151,7 +151,7 @@ def char_model(facts: Facts) -> Rung:
     """The character model at the loss that nanoGPT documents."""
     if waiting := facts.queued("shakespeare"):
         return Rung("char model", "todo", waiting, "engaging watch")
-    runs = [run for run in facts.runs if run.config.get("dataset") == "shakespeare_char" and _long(run)]
+    runs = [run for run in facts.runs if run.settings.get("dataset") == "shakespeare_char" and _long(run)]
     command = "engaging launch nanogpt --name shakespeare"
     if not (facts.data / "shakespeare_char" / "manifest.json").is_file():
         command = "sbatch slurm/nanogpt/prepare_shakespeare.sh" if facts.slurm else (
@@ -188,7 +188,7 @@ def speedrun(facts: Facts) -> Rung:
     if waiting := facts.queued("speedrun"):
         return Rung("speedrun", "todo", waiting, "engaging watch")
     runs = [
-        run for run in facts.runs if "extension_steps" in run.config and run.config.get("recipe") != "tiny"
+        run for run in facts.runs if "extension_steps" in run.settings and run.settings["recipe"] != "tiny"
     ]
     for run in runs:
         if run.status == "finished" and run.val_loss is not None:

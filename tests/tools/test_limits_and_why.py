@@ -170,6 +170,8 @@ def test_your_own_quota_is_told_from_a_busy_cluster(cluster):
     wide = {"Partition": "mit_preemptable", "TresPerNode": "gres:gpu:4"}
     two = explain(pending("QOSMaxGRESPerUser", NumNodes="2", **wide), cluster)
     assert "it asks for 8" in two.text and "Gres=gpu:2 " in two.remedy, "gres counts a node's GPUs"
+    either = explain(pending("QOSMaxGRESPerUser", Partition="mit_normal_gpu,mit_preemptable"), cluster)
+    assert "'mit_preemptable' allows 4" in either.text and "your other jobs end" in either.remedy
     six = explain(pending("QOSMaxGRESPerUser", NumNodes="6", **wide), cluster)
     assert "--nodes=4 at most" in six.remedy
     cluster.my_jobs = read_jobs((RECORDED / "squeue-22.05.txt").read_text())

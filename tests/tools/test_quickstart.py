@@ -113,6 +113,7 @@ def test_stopped_while_it_trains_it_goes_on_and_a_report_that_is_missing_is_made
     assert "stopped by Ctrl-C; nothing is lost: `python -m tools.quickstart " in out
     end = read_run(folder).events[-1]
     assert end["status"] == "interrupted" and 20 <= end["step"] < 1500
+    assert read_run(folder).max_steps == 1500 and (read_run(folder).eta_s() or 0) > 0, "what watch shows"
 
     (folder / "stop").touch()  # as if it had been stopped this way: whoever types it again means to go on
     status, out, err = finish(start(clone, *flags))

@@ -228,7 +228,7 @@ def test_what_the_machine_lacks_is_refused(cluster, engaging, checkout, tmp_path
     assert no_environment.returncode == 2 and "bash setup_env.sh" in no_environment.stderr
     away = {"PATH": "/nonexistent"}
     no_module = engaging("launch", "gpt2", "--partition", "p", env=away, check=False)
-    assert no_module.returncode == 2 and "SLURM_CONF is set: load SLURM's module" in no_module.stderr
+    assert no_module.returncode == 2 and "SLURM_CONF is set: load its module" in no_module.stderr
     no_slurm = engaging("launch", "gpt2", "--partition", "p", env={**away, "SLURM_CONF": ""}, check=False)
     assert no_slurm.returncode == 2 and "no SLURM here" in no_slurm.stderr
     (checkout / "logs").unlink() if (checkout / "logs").is_file() else shutil.rmtree(

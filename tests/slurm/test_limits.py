@@ -60,6 +60,18 @@ def test_sbatchs_variables_for_gpus_are_obeyed_by_both_doors(cluster, project, v
         cluster.cancel(submitted, typed)
 
 
+def test_two_nodes_without_a_type_may_differ_and_are_told_so(cluster, project):
+    line = "source ./activate_env.sh >/dev/null; sbatch --parsable --hold -N2 {} slurm/nanogpt/train_gpt2.sh"
+    for gres, said in (("--gres=gpu:2", True), ("--gres=gpu:h200:2", False), ("--gres=gpu:2 -N1", False)):
+        done = cluster.run("bash", "-c", line.format(gres), env=project.env, cwd=project.root)
+        cluster.cancel(done.stdout.strip())
+        assert ("mit_preemptable has several: the nodes may differ" in done.stderr) == said, (
+            gres,
+            done.stderr,
+        )
+        assert ("the pace; --gres=gpu:h200:2\n" in done.stderr) == said
+
+
 @pytest.mark.parametrize(
     ("tasks", "said"),
     [

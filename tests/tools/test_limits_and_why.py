@@ -1,6 +1,7 @@
 """Whose limit it is: refusals before queueing, waves, and reasons in words."""
 
 import os
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -197,6 +198,11 @@ def test_a_start_waits_for_your_own_jobs_under_your_limit(cluster, monkeypatch):
     assert own_wait(cluster, place["mit_normal_gpu"], request(1)) == 59, "2 of 2 are held, for an hour"
     assert own_wait(cluster, place["mit_preemptable"], request(2)) == 0, "2 of 4 are held"
     assert own_wait(cluster, place["mit_preemptable"], request(3)) == 89
+    limits = {"mit_normal_gpu": Qos("mit_normal_gpu", per_user={"gres/gpu": 2, "cpu": 32})}
+    cores = replace(cluster, qos=limits, my_jobs=[replace(cluster.my_jobs[1], gpus={"h200": 1}, cpus=20)])
+    assert [own_wait(cores, place["mit_normal_gpu"], request(1, cpus=n)) for n in (12, 13)] == [0, 59], (
+        "of 32"
+    )
     said = f"Job 9 to start at {datetime.now():%Y-%m-%dT%H:%M:%S} using"
     monkeypatch.setattr(plan, "_probe", lambda option: slurm.Answer(0, "", said))
     monkeypatch.setattr(slurm, "nodes_to_report", lambda: False)

@@ -113,7 +113,7 @@ def options(
             cap, _ = gpu_cap(cluster, partition, asked)
             if cap is not None and asked.all_gpus:
                 option.at_once = max(1, cap // asked.all_gpus)
-            option.own_wait = own_wait(cluster, partition, asked) if asked.gpus and option.ok else 0
+            option.own_wait = own_wait(cluster, partition, asked) if option.ok else 0
             option.small = target is not None and target.small
             option.room = room(cluster, name, asked)
             found.append(option)

@@ -157,6 +157,16 @@ def test_doctor_json_and_a_missing_environment(run_python, tmp_path):
         assert finding["level"] in ("ok", "skip") or finding["fix"], finding
 
 
+def test_a_hub_that_may_not_be_asked_is_not(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    (silent,) = checks_machine.hub(tmp_path)
+    assert silent.level == "warn" and "does not answer" in silent.text and "DATA_MIRROR" in silent.fix
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (unasked,) = checks_machine.hub(tmp_path)
+    assert (unasked.level, unasked.text) == ("skip", "http://127.0.0.1:9 is not asked: HF_HUB_OFFLINE is set")
+
+
 def test_a_slow_gpu_is_named():
     assert checks_gpu.judge(0, {"name": "NVIDIA H200", "tflops": 700, "gb_per_s": 4300}).level == "ok"
     slow = checks_gpu.judge(1, {"name": "NVIDIA H200", "tflops": 200, "gb_per_s": 4300})

@@ -1,7 +1,8 @@
 """A stand-in for pip, as `python -m pip`: installs modules of one line, writes down how it was called.
 
 A torch from an index that ends in /cu126 or /cpu has that build; one from pip's own index has $PIP_DEFAULT_BUILD.
-$PIP_FAILS=yes: installs the first distribution and fails; =at once: nothing. $PIP_WAITS=FILE: makes FILE, and waits to be ended.
+$PIP_FAILS=yes: installs the first distribution and fails; =at once: nothing. $PIP_WAITS=FILE: makes FILE, and waits to
+be ended.
 """
 
 import os

@@ -247,7 +247,7 @@ pip_install() {
 }
 
 install_torch() { # the second step of `install_packages`; from pip's own index the third step brings it
-    local had had_any=no
+    local had had_any=no replace=no pin
     if had=$(cat "$torch_from" 2>/dev/null); then had_any=yes; fi
     if [ "$had_any" = yes ] && [ "$torch_index" = any ] && build_fits; then
         torch_new=$had torch_why="where it came from: ${had:-the default index of pip}"
@@ -260,13 +260,16 @@ install_torch() { # the second step of `install_packages`; from pip's own index 
     rm -f "$stamp"
     if [ "$had_any" = yes ] && { [ "$torch_new" != "$had" ] || ! build_fits; }; then
         say "torch is replaced: it came from ${had:-the default index of pip}"
-        run pip uninstall -y torch triton || true
+        replace=yes
     fi
     printf '%s\n' "$torch_new" >"$torch_from" # before the installation: an interrupted one may have half of it
     say "[2/3] torch from $torch_why"
-    if [ -n "$torch_new" ]; then
-        pip_install --index-url "$torch_new" "$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' "$root/pyproject.toml")"
+    pin=$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' "$root/pyproject.toml")
+    if [ "$replace" = yes ]; then # without a network the old one stays; the new one brings a Triton of its own
+        pip_install --force-reinstall --no-deps ${torch_new:+--index-url "$torch_new"} "$pin"
+        run pip uninstall -y triton || true
     fi
+    if [ -n "$torch_new" ]; then pip_install --index-url "$torch_new" "$pin"; fi
 }
 
 build_fits() { # is the installed torch of the kind that is wanted?

@@ -25,7 +25,8 @@ from modded_nanogpt.attention import Documents, Extras, Rotaries, Rotary, attend
 from modded_nanogpt.attention_backends import Backend
 from modded_nanogpt.config import Config, lane_tokens
 from modded_nanogpt.copying import BUCKETS
-from modded_nanogpt.kernels.mlp import Fp8Mlp, mlp
+from modded_nanogpt.kernels.mlp import mlp
+from modded_nanogpt.kernels.mlp_weights import Fp8Mlp
 from modded_nanogpt.layer_plan import (
     BACKED_OUT,
     BACKOUT_START,

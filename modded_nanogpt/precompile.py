@@ -1,11 +1,11 @@
 """Compiling ahead: the graphs of later stages in processes of their own, while the trainer compiles the first one's.
 
 A graph takes the better part of a minute in torch.compile, nearly all of it Python in one thread, and the run has five:
-four lane sizes and the validation. So each but the first gets a process, which leaves what it compiled in the node's
-compile caches, where the trainer finds it a little later. Such a process holds weights without values and launches
-nothing; one that fails costs a note, and the trainer compiles that graph itself.
+four lane sizes and the validation. So they are dealt out to the trainer and as many further processes as there are
+cores for, which leave what they compiled in the node's compile caches, where the trainer finds it a little later. Such
+a process holds weights without values and launches nothing; one that fails costs a note, and the trainer compiles.
 
-A compiled graph belongs to the GPU of one number, so each rank has processes of its own, where there are cores enough.
+A compiled graph belongs to the GPU of one number, so each rank has processes of its own.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, NoReturn
@@ -37,7 +37,8 @@ from nanogpt.common.rundir import RunDir
 
 PR_SET_PDEATHSIG = 1
 LEAST_MEMORY = 32 << 30  # bytes of a GPU where the weights of these processes fit beside the trainer
-CORES_EACH = 2  # that a process needs to be worth starting: its own, and some for Triton's compilers
+CORES_EACH = 2  # for each process, the trainer's too: its own, and some for Triton's compilers
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,16 @@ class Ahead:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
-        self.running: dict[Graph, tuple[subprocess.Popen, IO[str]]] = {}
+        self.running: dict[Graph, tuple[subprocess.Popen, IO[bytes]]] = {}
 
-    def start(self, graphs: list[Graph], folder: Path, ranks: Ranks) -> None:
-        """One process for each of `graphs`; folder: the run's."""
-        threads = compiler_threads(local_ranks() * (len(graphs) + 1))
+    def start(self, graphs: list[Graph], processes: int, folder: Path, ranks: Ranks) -> None:
+        """Deal `graphs` out to this process, which has the first one, and `processes` others; folder: the run's."""
+        threads = compiler_threads(local_ranks() * (processes + 1))
         variables = {**os.environ, THREADS_VARIABLE: str(threads)}
-        for graph in graphs:
-            output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (`wait` closes it)
+        for part in (graphs[first :: processes + 1] for first in range(1, processes + 1)):
+            output = tempfile.TemporaryFile()  # noqa: SIM115 (it goes with the last of its graphs)
             words = [
-                json.dumps(asdict(graph)),
+                json.dumps([asdict(graph) for graph in part]),
                 str(folder),
                 str(ranks.device),
                 str(ranks.world_size),
@@ -86,47 +87,65 @@ class Ahead:
             process = subprocess.Popen(
                 command, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
-            self.running[graph] = (process, output)
+            self.running |= dict.fromkeys(part, (process, output))
 
     def wait(self, graph: Graph) -> None:
         """Return when nobody compiles `graph` any more."""
         process, output = self.running.pop(graph, (None, None))
-        if process is None:
+        if process is None or output is None:
             return
-        status = process.wait()
-        if status:
-            output.seek(0)
-            said = (output.read().strip().splitlines() or [f"status {status}"])[-1]
-            self.say(f"note: compiling ahead failed ({said[:200]}); compiled here instead")
-        output.close()
+        while _done(graph) not in (said := _read(output)):
+            if process.poll() is not None and said == _read(output):
+                last = (said.strip().splitlines() or [f"status {process.returncode}"])[-1]
+                self.say(f"note: compiling ahead failed ({last[:200]}); compiled here instead")
+                return
+            time.sleep(POLL_SECONDS)
 
 
-def worth_it(config: Config, ranks: Ranks, count: int) -> bool:
-    """Whether `count` processes beside this one pay: a large GPU that compiles, and cores for those of all ranks."""
-    if config.compile == "false" or ranks.device.type != "cuda":
-        return False
-    large = torch.cuda.get_device_properties(ranks.device).total_memory >= LEAST_MEMORY
-    return large and usable_cores() >= CORES_EACH * (count + 1) * local_ranks()
+def _done(graph: Graph) -> str:
+    """What a process writes when it has compiled `graph`."""
+    return f"compiled {graph}\n"
 
 
-def compile_graph(config: Config, graph: Graph, device: torch.device, world_size: int) -> None:
-    """Compile one graph as a rank of `world_size` will, up to where it would be launched."""
+def _read(output: IO[bytes]) -> str:
+    """All that was written so far. The writer's place in the file is the reader's too, so nothing may move it."""
+    return os.pread(output.fileno(), os.fstat(output.fileno()).st_size, 0).decode(errors="replace")
+
+
+def large_gpu(device: torch.device) -> bool:
+    """Whether weights of further processes fit beside the trainer."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= LEAST_MEMORY
+
+
+def processes_for(config: Config, ranks: Ranks, count: int) -> int:
+    """How many processes beside this one pay for `count` graphs in all: none without a large GPU, else by the cores."""
+    if config.compile == "false" or not large_gpu(ranks.device):
+        return 0
+    return max(0, min(count, usable_cores() // (CORES_EACH * local_ranks())) - 1)
+
+
+def compile_graphs(
+    config: Config, graphs: list[Graph], device: torch.device, world_size: int
+) -> Iterator[Graph]:
+    """Compile each as a rank of `world_size` will, up to where it would be launched, and yield it then."""
     from modded_nanogpt import lanes, setup
     from modded_nanogpt.tables import look_up
 
     ranks = Ranks(0, device.index or 0, world_size, device)  # never to speak with each other
     state = setup.build(config, ranks, compile_with=_compile_only)
-    batch = blank_batch(config, graph.tokens, graph.boundaries, graph.max_document, device)
-    try:
-        if graph.step < 0:
-            lanes.eval_lane(state, batch, True, schedule.final_window(config))
-        else:
-            step = schedule.at(config, graph.step)
-            rows = look_up(state.model, None, batch, step.tied, train=True)
-            state.train_graph(*lanes.train_arguments(state, batch, rows, step))
-    except _Compiled:
-        return
-    raise RuntimeError(f"{graph}: ran, where it was to be compiled only")
+    for graph in graphs:
+        batch = blank_batch(config, graph.tokens, graph.boundaries, graph.max_document, device)
+        try:
+            if graph.step < 0:
+                lanes.eval_lane(state, batch, True, schedule.final_window(config))
+            else:
+                step = schedule.at(config, graph.step)
+                rows = look_up(state.model, None, batch, step.tied, train=True)
+                state.train_graph(*lanes.train_arguments(state, batch, rows, step))
+        except _Compiled:
+            yield graph
+            continue
+        raise RuntimeError(f"{graph}: ran, where it was to be compiled only")
 
 
 class _Compiled(Exception):
@@ -146,17 +165,17 @@ def _compile_only(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> C
 
 
 def main(argv: list[str]) -> None:
-    """What `Ahead.start` starts: GRAPH FOLDER DEVICE WORLD_SIZE PARENT."""
-    graph, folder, device = Graph(**json.loads(argv[0])), Path(argv[1]), torch.device(argv[2])
-    world_size, parent = int(argv[3]), int(argv[4])
+    """What `Ahead.start` starts: GRAPHS FOLDER DEVICE WORLD_SIZE PARENT."""
+    graphs, folder = [Graph(**values) for values in json.loads(argv[0])], Path(argv[1])
+    device, world_size, parent = torch.device(argv[2]), int(argv[3]), int(argv[4])
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a trainer that is killed leaves nobody behind
     if os.getppid() != parent:
         return
-    began = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    compile_graph(Config(**RunDir(folder, writes=False).config["config"]), graph, device, world_size)
-    print(f"compiled in {time.perf_counter() - began:.1f} s")
+    config = Config(**RunDir(folder, writes=False).config["config"])
+    for graph in compile_graphs(config, graphs, device, world_size):
+        print(_done(graph), end="", flush=True)
 
 
 if __name__ == "__main__":

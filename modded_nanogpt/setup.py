@@ -20,7 +20,7 @@ from modded_nanogpt.compile_cache import CompileCache, environment
 from modded_nanogpt.config import FREE, Config, resolve
 from modded_nanogpt.fast.capture import Recorder
 from modded_nanogpt.kernels import fp8
-from modded_nanogpt.kernels.mlp import Fp8Mlp
+from modded_nanogpt.kernels.mlp_weights import Fp8Mlp
 from modded_nanogpt.lanes import (
     NEW_PROGRESS,
     State,
@@ -36,7 +36,7 @@ from modded_nanogpt.model import SpeedrunModel
 from modded_nanogpt.model_medium import MediumModel, SnapshotModel
 from modded_nanogpt.optim.row_table import RowTable
 from modded_nanogpt.optim.sharded import Optimizer
-from modded_nanogpt.precompile import Ahead, Graph, graphs, worth_it
+from modded_nanogpt.precompile import Ahead, Graph, graphs, processes_for
 from modded_nanogpt.report import describe
 from nanogpt.common import hardware
 from nanogpt.common.errors import NonFiniteError, UserError
@@ -222,11 +222,15 @@ def compile_ahead(
     config: Config, run: RunDir, ranks: Ranks, caches: CompileCache | None, needed: list[Graph]
 ) -> Ahead:
     """Who compiles the later graphs while this process compiles the first: nobody where that does not pay."""
-    ahead, later = Ahead(run.say), needed[1:]
+    ahead = Ahead(run.say)
     known = caches is not None and caches.holds(graphs_key(config, needed))
-    if config.warmup and not known and worth_it(config, ranks, len(later)):
-        ahead.start(later, run.folder, ranks)
-        run.say(f"warm-up: {len(later)} of {len(needed)} graphs are compiled by processes of their own")
+    processes = processes_for(config, ranks, len(needed)) if config.warmup and not known else 0
+    if processes:
+        ahead.start(needed, processes, run.folder, ranks)
+        who = "a process" if processes == 1 else f"{processes} processes"
+        run.say(
+            f"warm-up: {len(ahead.running)} of {len(needed)} graphs are compiled by {who} beside this one"
+        )
     return ahead
 
 

@@ -158,6 +158,7 @@ LONGEST = (
     "tests/tools/test_quickstart.py",
     "tests/tools/leaderboard/test_honest_runs.py",
     "tests/tools/test_repro.py",
+    "tests/tools/test_wandb.py",
     "tests/modded/test_many_runs.py",
     "tests/modded/test_train_gpt_simple.py",
     "tests/modded/kernels/test_interpreted.py",

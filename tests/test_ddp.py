@@ -57,7 +57,7 @@ def undisturbed(zygote, tiny_data, tmp_path_factory):
 
 def statuses(children) -> list[int]:
     """Of all ranks, when they have ended."""
-    return [child.wait(20) for child in children]
+    return [child.wait() for child in children]
 
 
 def assert_close(found: dict[int, float], expected: dict[int, float]) -> None:

@@ -39,7 +39,8 @@ def main(argv: list[str]) -> int:
     options = parser().read(argv)
     source = Path(options.checkpoint).expanduser()
     if not source.is_file():
-        raise UserError(f"{source}: no such file; name nanoGPT's checkpoint, for example out/ckpt.pt")
+        what = "is a folder" if source.is_dir() else "no such file"
+        raise UserError(f"{source}: {what}; name nanoGPT's checkpoint, for example out/ckpt.pt")
     target = Path(options.to or f"out/imported-{source.absolute().parent.name}").expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to={target}: is there already; name another folder, or move it away")

@@ -7,17 +7,20 @@ Stop it at any moment with Ctrl-C and type the same again: it goes on where it w
 are the same. A run that is complete is moved aside and trained anew.
 """
 
+import contextlib
 import os
 import shlex
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from nanogpt.common import lease, rundir, source
 from nanogpt.common.errors import EXIT_INTERRUPTED, UserError, run_command
-from nanogpt.common.machine import has_nvidia_driver
+from nanogpt.common.machine import has_nvidia_driver, usable_cores
 from nanogpt.common.storage import storage_errors
 from tools.args import Parser
 from tools.children import Children, Interrupted
@@ -27,6 +30,7 @@ from tools.runs import Run, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET, TRAINED_FOLDERS = "quickstart", ("nanogpt",)
+ENOUGH_CORES, LOOK_SECONDS = 1.5, 0.3
 NETWORK_SECONDS = 60.0  # so long the text's 1.1 MB may take before the quickstart goes on without them
 NO_NETWORK_STATUS = 69  # of prepare.py: the server could not be reached (nanogpt/common/download.py)
 SAMPLE_TOKENS = 300
@@ -131,6 +135,42 @@ def fast_arithmetic(passed_on: list[str], cpuinfo: Path = Path("/proc/cpuinfo"))
         return []
     say("  this CPU multiplies bfloat16, so that is used (--dtype=float32 would not)")
     return ["--dtype=bfloat16"]
+
+
+def threads(folder: Path, passed_on: list[str], idle: Callable[[], float]) -> list[str]:
+    """`--num_threads` for a CPU: two where two cores have nothing to do, else one; an unfinished run keeps its own.
+
+    Two threads wait for each other after each of a small model's operations: where others compute on the same cores a
+    step of theirs takes twice as long as one thread's, or a hundred times. More than two gain nothing.
+    """
+    chosen = any(word.startswith(("--num_threads", "--device")) for word in passed_on)
+    if chosen or has_nvidia_driver():
+        return []
+    if rundir.holds_run(folder) and not (is_finished(folder) and (folder / PNG_NAME).exists()):
+        with contextlib.suppress(UserError, KeyError, IndexError, TypeError):
+            words = rundir.read_json(folder / "environment.json")["attempts"][0]["argv"]
+            return [word for word in words if word.startswith("--num_threads=")]
+    free = min(usable_cores(), idle())
+    if free >= ENOUGH_CORES:
+        return ["--num_threads=2"]
+    say(
+        f"  {max(0.0, free):.1f} cores have nothing else to do, so one thread computes (--num_threads=2 would not)"
+    )
+    return ["--num_threads=1"]
+
+
+def idle_cores(stat: Path = Path("/proc/stat")) -> float:
+    """How many cores of this machine were idle in the last moment; infinity where nobody says (not Linux)."""
+    try:
+        before, began = stat.read_text(), time.monotonic()
+        time.sleep(LOOK_SECONDS)
+        after, seconds = stat.read_text(), time.monotonic() - began
+        idle = [
+            sum(map(int, text.split("\n", 1)[0].split()[4:6])) for text in (before, after)
+        ]  # idle, iowait
+        return (idle[1] - idle[0]) / os.sysconf("SC_CLK_TCK") / seconds
+    except (OSError, ValueError):
+        return float("inf")
 
 
 def why_anew(folder: Path, argv: list[str], data_root: str) -> str:
@@ -257,7 +297,7 @@ def main(argv: list[str]) -> int:
         dataset = prepare(args.dataset, data_root, children)
         say(f"[2/4] training: preset {PRESET}, in {shown(folder)} (on the GPU where there is one)")
         settings = [f"--data_root={data_root}"] if data_root else []
-        settings += [*fast_arithmetic(passed_on), *passed_on]
+        settings += [*fast_arithmetic(passed_on), *threads(folder, passed_on, idle_cores), *passed_on]
         train(folder, [PRESET, f"--dataset={dataset}", f"--out_dir={folder}", *settings], data_root, children)
         sample(folder, children)
         report(folder, dataset, settings, passed_on)

@@ -2,8 +2,8 @@
 
     engaging runs                                  the runs in out/
     engaging runs experiment_logs/palm_2026 -n 5   those of an experiment, or of any folder
-    engaging runs --against out/first              each beside one run, not beside the one before it
-    engaging runs out/mine --note "warm-down of 400 steps: smoother, no better"
+    engaging runs --against first                  each beside one run, not beside the one before it
+    engaging runs mine --note "warm-down of 400 steps: smoother, no better"
 
 A note is the file note.txt in the run's directory; any editor will do. What changed is read from the copies that each
 run holds of its settings and its source, whatever the note says.
@@ -25,7 +25,13 @@ def main(argv: list[str]) -> int:
     """The command."""
     parser = Parser("runs", __doc__ or "")
     add = parser.add_argument
-    add("where", nargs="*", type=Path, metavar="FOLDER", help="runs, or folders of runs; default: out")
+    add(
+        "where",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="runs by name or folder, or folders of runs; default: out",
+    )
     add("-n", type=whole("-n", 1, 100_000), default=20, help="how many, the newest first (default 20)")
     add("--against", type=Path, metavar="RUN", help="the run that each is held beside")
     add("--note", metavar="TEXT", help="write a line down with one run ('' removes it), and list nothing")
@@ -33,7 +39,7 @@ def main(argv: list[str]) -> int:
     if args.note is not None:
         return _write_note(args.where, args.note)
     fixed = read_run(_need_run(args.against)) if args.against else None
-    folders = _folders(args.where or [checkout() / "out"])
+    folders = _folders([_named(path) for path in args.where] or [checkout() / "out"])
     if not folders:
         where = ", ".join(printable(str(path)) for path in args.where) or "out"
         print(f"no run in {where} yet; engaging launch nanogpt --name first")
@@ -54,6 +60,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _named(path: Path) -> Path:
+    """The path, or the run of that name in out/."""
+    inside = checkout() / "out" / path
+    return inside if not path.exists() and is_run(inside) else path
+
+
 def _folders(where: list[Path]) -> list[Path]:
     """The runs that `where` means, the newest first in each. UserError for what is neither a run nor a folder."""
     found: list[Path] = []
@@ -68,6 +80,7 @@ def _folders(where: list[Path]) -> list[Path]:
 
 
 def _need_run(path: Path) -> Path:
+    path = _named(path)
     if not is_run(path):
         raise UserError(f"{printable(str(path))}: is no run; expected a run's directory (its --out_dir)")
     return path

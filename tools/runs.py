@@ -89,12 +89,19 @@ class Run:
         return max(steps) if steps else None
 
     @property
+    def settings(self) -> dict:
+        """The knobs of its trainer: config.json holds more than these."""
+        found = self.config.get("config")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def max_steps(self) -> int | None:
         """How many steps the run asked for."""
-        for key in ("max_iters", "num_iterations", "max_steps", "total_steps"):
-            value = self.config.get(key)
-            if _is_int(value):
-                return value
+        plan = self.config.get("plan")
+        values = {**self.settings, **(plan if isinstance(plan, dict) else {})}
+        for key in ("total_steps", "max_iters", "num_iterations"):
+            if _is_int(values.get(key)):
+                return values[key]
         return next((e["max_iters"] for e in reversed(self.events) if _is_int(e.get("max_iters"))), None)
 
     @property

@@ -62,12 +62,14 @@ fill_gpus() { # sets type and gpus (for each node) from --gres, GPU_TYPE and NUM
     header=$(header_value "$script" gres)
     gres=$(said gres)
     total=$(said gpus) filled=""
+    if [ -z "$gres$(said gpus-per-node)$total${SBATCH_GRES:-}${SBATCH_GPUS_PER_NODE:-}" ]; then total=${SBATCH_GPUS:-}; fi
     if [ -z "$gres" ] && [ -n "$(said gpus-per-node)" ]; then gres=gpu:$(said gpus-per-node); fi
     if [ -z "$gres" ] && [ -n "$total" ]; then
         gres=gpu:$total
         if [ "$nodes" -gt 1 ]; then die "--gpus=$total: on $nodes nodes say how many on each: --gres=gpu:N"; fi
     fi
-    if [ -z "$gres" ]; then gres=${SBATCH_GRES:-}; fi
+    if [ -z "$gres" ]; then gres=${SBATCH_GRES:-${SBATCH_GPUS_PER_NODE:+gpu:$SBATCH_GPUS_PER_NODE}}; fi
+    unset SBATCH_GPUS SBATCH_GPUS_PER_NODE # beside --gres SLURM drops them, or refuses
     type=${GPU_TYPE:-} gpus=${NUM_GPUS:-}
     if [ -n "$gres" ]; then
         [[ $gres =~ ^gpu(:[^:,]*){0,2}$ ]] || return 1 # something else: sbatch's own business
@@ -209,7 +211,8 @@ adopt_options() { # SCRIPT: what sbatch's options and variables say about size a
     note_time "${TIME:-}"
     note_export
     script=$1
-    if [ -n "$(said gres)$(said gpus)$(said gpus-per-node)${SBATCH_GRES:-}" ] && fill_gpus; then
+    value=$(said gres)$(said gpus)$(said gpus-per-node)
+    if [ -n "$value${SBATCH_GRES:-}${SBATCH_GPUS:-}${SBATCH_GPUS_PER_NODE:-}" ] && fill_gpus; then
         GPU_TYPE=$type NUM_GPUS=$gpus
         drop gres gpus gpus-per-node
     fi

@@ -56,6 +56,23 @@ choose_partition() { # where the header's partition cannot take it: one that can
     fi
 }
 
+note_mixed() { # GPUs without a type on several nodes: SLURM takes nodes of several types, and the slowest sets the pace
+    local types
+    if [ "$nodes" -lt 2 ] || [ -n "$type" ]; then return 0; fi
+    # shellcheck disable=SC2154  # ask_cluster sets live
+    types=$(awk -F'|' -v p="${partition%%,*}" '$1 == p { print $3 }' <<<"$live" | grep -oE 'gpu:[A-Za-z][^:,(]*' | sort -u) || return 0
+    if [ "$(wc -l <<<"$types")" -lt 2 ]; then return 0; fi
+    note "--gres=gpu:$gpus names no type, and ${partition%%,*} has several: the nodes may differ, and the slowest sets" \
+        "the pace; --gres=$(header_type_or "$types"):$gpus"
+}
+
+header_type_or() { # TYPES: the header's, where it is among them, else the first
+    local header
+    header=$(header_value "$script" gres)
+    header=${header%:*}
+    if grep -qx -- "$header" <<<"$1"; then echo "$header"; else head -n 1 <<<"$1"; fi
+}
+
 reasons_everywhere() { # HEADERS_PARTITION MINUTES: why each partition with GPUs cannot take it
     local name text=""
     for name in $(candidates gpu "$1"); do
@@ -140,6 +157,7 @@ main() {
             # shellcheck disable=SC2034  # for cluster.sh
             site=$(site_file) || exit 2
             choose_partition
+            note_mixed
         fi
         if [ -n "$filled" ]; then note "$filled"; fi
     fi

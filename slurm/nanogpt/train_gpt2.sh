@@ -15,8 +15,8 @@
 # The baseline's GPT-2 124M on OpenWebText: days, result in out/nanogpt-gpt2. Preempted or out of time, it saves,
 # requeues itself and goes on.
 #   sbatch slurm/nanogpt/train_gpt2.sh [--learning_rate=3e-4 ...]
-#   sbatch --nodes=2 --gres=gpu:2 slurm/nanogpt/train_gpt2.sh       two nodes
-#   sbatch --partition=YOURS --nodes=2 --gres=gpu:4 slurm/nanogpt/train_gpt2.sh    more than a free account ever gets
+#   sbatch --nodes=2 --gres=gpu:h200:2 slurm/nanogpt/train_gpt2.sh  two nodes
+#   sbatch --partition=YOURS --nodes=2 --gres=gpu:h200:4 slurm/nanogpt/train_gpt2.sh   more than a free account
 #   GPU_TYPE=h100 NUM_GPUS=2 TIME=6h bash slurm/nanogpt/train_gpt2.sh
 #   srun --ntasks-per-node=1 bash slurm/nanogpt/train_gpt2.sh       inside an allocation
 set -euo pipefail

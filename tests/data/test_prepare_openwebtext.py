@@ -158,7 +158,7 @@ def test_three_at_once(env, documents, expected, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     command = [sys.executable, str(PREPARE), f"--text_files={tmp_path}/*.jsonl", *FLAGS]
     together = [subprocess.Popen(command, env=env(None), stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [process.wait(100) for process in together] == [0] * 3
+    assert [process.wait(600) for process in together] == [0] * 3
     assert all("prepared" in process.stdout.read() for process in together)
     assert shards(tmp_path / "data" / "t") == expected
 

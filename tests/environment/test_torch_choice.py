@@ -158,6 +158,11 @@ def test_torch_is_replaced_when_asked_and_only_then(setup, home, machine, pytorc
     pip_calls(home)
     refused(setup(*TRAIN, TORCH_INDEX_URL=f"file://{pytorch}/cu124"), "no torch 2.13.0 (its newest is 2.6.0)")
     assert pip_calls(home) == [] and "is complete" in done("--brief"), "nothing was touched"
+    lost = setup(*TRAIN, "--cpu", PATH=machine(None, ""), PIP_FAILS="at once", **PLAIN)
+    assert lost.returncode and "check the network and run this again" in lost.stderr
+    assert have(home) == "2.13.0 12.6", "without a network the old one stays"
+    done("--cpu")
+    assert have(home) == "2.13.0 None"
 
 
 def test_an_old_driver_replaces_the_default_build(setup, home, machine, pytorch):

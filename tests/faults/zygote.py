@@ -41,8 +41,11 @@ class Child:
         """Its exit status, when it has ended."""
         end = time.monotonic() + timeout
         while self.status is None:
-            if time.monotonic() > end or self.zygote.process.poll() is not None:
-                raise TimeoutError(f"process {self.pid} did not end: {self.stderr[-2000:]}")
+            if time.monotonic() > end:
+                raise TimeoutError(
+                    f"process {self.pid} did not end within {timeout} s: {self.stderr[-2000:]}"
+                )
+            self.zygote.check()
             time.sleep(0.002)
         return self.status
 
@@ -88,6 +91,11 @@ class Zygote:
             else:
                 self.ended[report["ended"]] = report["status"]
 
+    def check(self) -> None:
+        """RuntimeError when the forking process has ended."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the zygote has ended with {self.process.returncode}")
+
     def start(
         self, argv: list[str], *, module: str = "nanogpt.train", cwd: Path | str = ROOT,
         env: dict[str, str] | None = None,
@@ -100,11 +108,13 @@ class Zygote:
             self.process.stdin.write(json.dumps({**request, "env": env or {}, "output": str(output)}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise RuntimeError(f"the zygote has ended with {self.process.wait()}") from None
+            self.process.wait()
+            self.check()
         end = time.monotonic() + 600
         while self.count not in self.started:
-            if time.monotonic() > end or self.process.poll() is not None:
+            if time.monotonic() > end:
                 raise TimeoutError("the zygote does not answer")
+            self.check()
             time.sleep(0.001)
         return Child(self.started[self.count], output, self)
 

@@ -71,7 +71,7 @@ def losses(out: Path) -> dict[tuple[str, int], float]:
     return train | {("val", line["step"]): line["val_loss"] for line in records(out, "val")}
 
 
-def wait_for(condition, seconds: float = 120.0) -> None:
+def wait_for(condition, seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -26,7 +26,7 @@ from nanogpt.common.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-GRAPH = Graph(0, 256, 32, 128)
+GRAPH, FIRST = Graph(0, 256, 32, 128), Graph(1, 512, 32, 128)
 
 
 def configured(preset: str, *flags: str) -> Config:
@@ -108,12 +108,62 @@ print(counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"], x.grad is not N
 def test_a_process_that_fails_costs_a_note_and_no_more(tmp_path):
     said = []
     ahead = Ahead(said.append)
-    ahead.start([GRAPH], tmp_path / "no-such-run", Ranks(0, 0, 1, CPU))
-    ahead.wait(GRAPH)
-    ahead.wait(GRAPH)
+    ahead.start([FIRST, GRAPH], 1, tmp_path / "no-such-run", Ranks(0, 0, 1, CPU))
+    for graph in (FIRST, GRAPH, GRAPH):
+        ahead.wait(graph)
     (note,) = said
     assert note.startswith("note: compiling ahead failed (") and note.endswith("; compiled here instead")
     assert ahead.running == {}
+
+
+PLAYED = """
+import json, sys, time
+from pathlib import Path
+for values in json.loads(sys.argv[1]):
+    while not (Path(sys.argv[2]) / str(values["tokens"])).exists():
+        time.sleep(0.02)
+    if values["tokens"] == 5:
+        sys.exit("a compiler broke")
+    print("compiled Graph(" + ", ".join(f"{name}={value}" for name, value in values.items()) + ")", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "parts"),
+    [(1, [[1, 3]]), (2, [[1, 4], [2, 5]]), (3, [[1], [2], [3]]), (4, [[1], [2], [3], [4]])],
+)
+def test_graphs_are_dealt_out_and_each_is_waited_for_alone(tmp_path, monkeypatch, processes, parts):
+    """The child is played; the first graph, and every one of its turn, stays with the trainer."""
+    script = tmp_path / "child.py"
+    script.write_text(PLAYED)
+    monkeypatch.setattr(precompile, "__file__", str(script))
+    said = []
+    ahead = Ahead(said.append)
+    wanted = [Graph(tokens, tokens, 32, 128) for tokens in range(6 if processes == 2 else 5)]
+    ahead.start(wanted, processes, tmp_path, Ranks(0, 0, 1, CPU))
+    children = {id(process): process for process, _ in ahead.running.values()}
+    dealt = [[graph.tokens for graph, (child, _) in ahead.running.items() if child is process]
+             for process in children.values()]  # fmt: skip
+    assert dealt == parts
+    for graph in wanted:
+        (tmp_path / str(graph.tokens)).touch()
+        ahead.wait(graph)  # the child's later graphs are not there yet
+    assert ahead.running == {} and len(said) == (processes == 2)
+    assert not said or said[0] == "note: compiling ahead failed (a compiler broke); compiled here instead"
+    for process in children.values():
+        assert process.wait() == (1 if said and process is list(children.values())[1] else 0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "local_ranks", "processes"),
+    [(1, 1, 0), (3, 1, 0), (4, 1, 1), (8, 1, 3), (16, 1, 4), (64, 8, 3), (8, 8, 0)],
+)
+def test_as_many_processes_as_there_are_cores_for(monkeypatch, cores, local_ranks, processes):
+    monkeypatch.setattr(precompile, "usable_cores", lambda: cores)
+    monkeypatch.setattr(precompile, "local_ranks", lambda: local_ranks)
+    monkeypatch.setattr(precompile, "large_gpu", lambda device: True)
+    assert precompile.processes_for(configured("record"), Ranks(0, 0, local_ranks, CPU), 5) == processes
+    assert precompile.processes_for(configured("record", "--compile=false"), Ranks(0, 0, 1, CPU), 5) == 0
 
 
 def reads_its_configuration(process: int) -> bool:
@@ -136,7 +186,8 @@ from pathlib import Path
 from modded_nanogpt.precompile import Ahead, Graph
 from nanogpt.common.ranks import Ranks
 ahead = Ahead(print)
-ahead.start([Graph(**{asdict(GRAPH)!r})], Path({str(tmp_path)!r}), Ranks(0, 0, 1, torch.device("cpu")))
+wanted = [Graph(**values) for values in {[asdict(FIRST), asdict(GRAPH)]!r}]
+ahead.start(wanted, 1, Path({str(tmp_path)!r}), Ranks(0, 0, 1, torch.device("cpu")))
 print(*(process.pid for process, _ in ahead.running.values()), flush=True)
 time.sleep(100)
 """
@@ -176,4 +227,4 @@ def test_what_was_compiled_is_known_to_the_same_code_alone(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_on_a_cpu_nobody_compiles_ahead(world_size):
-    assert not precompile.worth_it(configured("tiny"), Ranks(0, 0, world_size, CPU), 1)
+    assert precompile.processes_for(configured("tiny"), Ranks(0, 0, world_size, CPU), 5) == 0

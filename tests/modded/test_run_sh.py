@@ -27,7 +27,7 @@ def called(tmp_path: Path, *words: str, script: Path = ROOT / "modded_nanogpt" /
         "DATA_ROOT": str(tmp_path / "data"),
     }
     done = subprocess.run(
-        [script, *words], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [script, *words], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return calls.read_text().replace(f"{ROOT}/modded_nanogpt/", "").splitlines()

@@ -40,7 +40,8 @@ def trained(zygote, tmp_path_factory):
     return folder / "run"
 
 
-def test_a_run_continues_what_it_has_learned(trained, capfd):
+def test_a_run_continues_what_it_has_learned(trained, monkeypatch, capfd):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert cli.main(["sample", str(trained), "--device=cpu", "--start=abcdefghijklmnopabc", "--num_samples=2",
                      "--max_new_tokens=9", "--temperature=0"]) == 0  # fmt: skip
     out, err = capfd.readouterr()

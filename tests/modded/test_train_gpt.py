@@ -146,7 +146,7 @@ def test_killed_and_told_to_stop_it_resumes_exactly(data, fork, undisturbed, tmp
     assert any("resumed" in reason for reason in end["ineligible"])
 
 
-def wait_for(condition, seconds: float = 120.0) -> None:
+def wait_for(condition, seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

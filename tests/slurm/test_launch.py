@@ -226,7 +226,10 @@ def test_refused_before_queueing(cluster, checkout, tmp_path, monkeypatch, words
 def test_what_the_machine_lacks_is_refused(cluster, engaging, checkout, tmp_path):
     no_environment = engaging("launch", "gpt2", env={"ENV_PATH": str(tmp_path / "none")}, check=False)
     assert no_environment.returncode == 2 and "bash setup_env.sh" in no_environment.stderr
-    no_slurm = engaging("launch", "gpt2", "--partition", "p", env={"PATH": "/nonexistent"}, check=False)
+    away = {"PATH": "/nonexistent"}
+    no_module = engaging("launch", "gpt2", "--partition", "p", env=away, check=False)
+    assert no_module.returncode == 2 and "SLURM_CONF is set: load its module" in no_module.stderr
+    no_slurm = engaging("launch", "gpt2", "--partition", "p", env={**away, "SLURM_CONF": ""}, check=False)
     assert no_slurm.returncode == 2 and "no SLURM here" in no_slurm.stderr
     (checkout / "logs").unlink() if (checkout / "logs").is_file() else shutil.rmtree(
         checkout / "logs", ignore_errors=True

@@ -47,6 +47,31 @@ def test_a_count_beside_the_scripts_own_is_told(cluster, project):
     )
 
 
+@pytest.mark.parametrize("variable", ["SBATCH_GPUS_PER_NODE", "SBATCH_GPUS", "SBATCH_GRES"])
+def test_sbatchs_variables_for_gpus_are_obeyed_by_both_doors(cluster, project, variable):
+    asked = {variable: "gpu:h200:2" if variable == "SBATCH_GRES" else "h200:2"}
+    submitted = project.submit(SHAKESPEARE, "--hold", **asked)
+    line = f"source ./activate_env.sh >/dev/null; sbatch --parsable --hold {SHAKESPEARE}"
+    typed = cluster.run("bash", "-c", line, env={**project.env, **asked}, cwd=project.root).stdout.strip()
+    try:
+        for job in (submitted, typed):
+            assert cluster.job(job)["TresPerNode"].strip() == "gres:gpu:h200:2"
+    finally:
+        cluster.cancel(submitted, typed)
+
+
+def test_two_nodes_without_a_type_may_differ_and_are_told_so(cluster, project):
+    line = "source ./activate_env.sh >/dev/null; sbatch --parsable --hold -N2 {} slurm/nanogpt/train_gpt2.sh"
+    for gres, said in (("--gres=gpu:2", True), ("--gres=gpu:h200:2", False), ("--gres=gpu:2 -N1", False)):
+        done = cluster.run("bash", "-c", line.format(gres), env=project.env, cwd=project.root)
+        cluster.cancel(done.stdout.strip())
+        assert ("mit_preemptable has several: the nodes may differ" in done.stderr) == said, (
+            gres,
+            done.stderr,
+        )
+        assert ("the pace; --gres=gpu:h200:2\n" in done.stderr) == said
+
+
 @pytest.mark.parametrize(
     ("tasks", "said"),
     [

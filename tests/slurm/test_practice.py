@@ -65,6 +65,7 @@ def test_jobs_get_their_gpus_and_their_nodes_names(cluster):
         "srun",
         "-p",
         "pi_lab",
+        "--exclusive",  # another test's job may have the node's first GPU
         "--gres=gpu:h100:2",
         "bash",
         "-c",

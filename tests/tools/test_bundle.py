@@ -1,5 +1,7 @@
 """The support bundle: what is in it, and that no secret is."""
 
+import shutil
+import subprocess
 import tarfile
 
 import pytest
@@ -56,6 +58,14 @@ def test_the_bundle_has_logs_scripts_and_findings_and_none_of_the_users_secrets(
     assert path.stat().st_mode & 0o077 == 0
     with pytest.raises(UserError, match="is there already"):
         bundle.write(root, path, [])
+
+
+def test_a_bundle_does_not_travel_with_the_code_of_a_launch(root, tmp_path):
+    shutil.copy(root / ".gitignore", tmp_path)
+    (tmp_path / "engaging-support-1130-150448.tar.gz").touch()
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    listed = ["git", "-C", tmp_path, "ls-files", "--others", "--exclude-standard"]
+    assert subprocess.run(listed, capture_output=True, text=True, check=True).stdout == ".gitignore\n"
 
 
 def test_the_line_that_fetches_a_file(tmp_path, monkeypatch):

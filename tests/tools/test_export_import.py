@@ -197,6 +197,7 @@ def test_what_does_not_fit_is_not_imported(tmp_path, monkeypatch) -> None:
         return str(refusal.value)
 
     assert "no such file" in refused(str(tmp_path / "x.pt"))
+    assert "is a folder" in refused(str(tmp_path))
     assert "--text=input.txt" in refused(str(source))
     assert "4 different characters, the model 5" in refused(str(source), f"--text={text}")
     assert "cannot be read as UTF-8" in refused(str(source), f"--text={tmp_path}/none")

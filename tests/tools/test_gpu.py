@@ -157,8 +157,8 @@ def test_kill_ends_own_processes_only(smi, sleeper):
     listed = rows(polite, stubborn, *([stranger] if stranger else []))
     done = gpu("kill", "--yes", "--grace=0.5", env=smi(processes=listed))
     assert done.returncode == 0, done
-    assert polite.wait(10) == -signal.SIGTERM
-    assert stubborn.wait(10) == -signal.SIGKILL
+    assert polite.wait(600) == -signal.SIGTERM
+    assert stubborn.wait(600) == -signal.SIGKILL
     assert f"SIGKILL: {stubborn.pid}" in done.stdout
     if stranger:
         assert str(stranger.pid) not in done.stdout
@@ -169,7 +169,7 @@ def test_kill_keeps_to_the_named_gpus(smi, sleeper):
     zero, one = sleeper(), sleeper()
     listed = rows(zero) + rows(one, uuid="GPU-bbbb2222")
     assert gpu("kill", "1", "--yes", env=smi(processes=listed)).returncode == 0
-    assert one.wait(10) == -signal.SIGTERM
+    assert one.wait(600) == -signal.SIGTERM
     assert zero.poll() is None
 
 
@@ -216,11 +216,14 @@ def test_kill_with_nothing_to_end_says_so(smi):
 
 
 def test_help_is_fast_and_imports_no_torch(smi):
-    seconds = []
-    for _ in range(3):  # the best of three: another process may have the cores meanwhile
-        start = time.monotonic()
+    seconds = []  # of the processor, which another process may have meanwhile; the best of three
+    for _ in range(3):
+        before = os.times()
         done = gpu("--help", env=smi())
-        seconds.append(time.monotonic() - start)
+        after = os.times()
+        seconds.append(
+            after.children_user + after.children_system - before.children_user - before.children_system
+        )
         assert done.returncode == 0
         assert "kill" in done.stdout
     assert min(seconds) < 0.5

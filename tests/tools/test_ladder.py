@@ -46,7 +46,7 @@ def a_run(home, name, loss, config=None, gpus=(), status="finished", seconds=1.0
         {"event": "end", "step": 9, "status": status, "seconds": seconds},
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "config.json").write_text(json.dumps(config or {}))
+    (path / "config.json").write_text(json.dumps({"config": config or {}}))
     (path / "environment.json").write_text(json.dumps({"attempts": [{"gpus": list(gpus)}]}))
 
 

@@ -135,11 +135,12 @@ def test_on_a_cluster_without_sbatch_nothing_runs_here_unless_asked(engaging, ch
     done = engaging("launch", "quickstart", "--dry-run", SLURM_CONF="/shared/slurm.conf")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        "error: sbatch: not on PATH, and SLURM_CONF is set: load SLURM's module, or --local to run it on this machine\n"
+        "error: no SLURM here (no sbatch on PATH), yet SLURM_CONF is set: load its module, or --local to train on this "
+        "machine\n"
     )
     (tmp_path / "bin" / "srun").symlink_to("/bin/true")
     done = engaging("launch", "quickstart", "--dry-run")
-    assert done.returncode == 2 and "and srun is there: load" in done.stderr
+    assert done.returncode == 2 and "yet srun is there: load" in done.stderr
     assert engaging("launch", "quickstart", "--dry-run", "--local").returncode == 0
 
 

@@ -1,6 +1,8 @@
 """Whose limit it is: refusals before queueing, waves, and reasons in words."""
 
 import os
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,15 @@ from tools.launch import presets
 from tools.launch.presets import NAMED
 from tools.site import plan, slurm
 from tools.site.cluster import Cluster, read_jobs, read_nodes, read_partitions, read_qos
-from tools.site.limits import Request, check_account, check_gpu_type, effective_qos, gpu_cap, refusals
+from tools.site.limits import (
+    Request,
+    check_account,
+    check_gpu_type,
+    effective_qos,
+    gpu_cap,
+    own_wait,
+    refusals,
+)
 from tools.site.plan import Option, best, launch_line, options
 from tools.site.profile import Site
 from tools.site.reasons import ENDS, REASONS
@@ -170,6 +180,8 @@ def test_your_own_quota_is_told_from_a_busy_cluster(cluster):
     wide = {"Partition": "mit_preemptable", "TresPerNode": "gres:gpu:4"}
     two = explain(pending("QOSMaxGRESPerUser", NumNodes="2", **wide), cluster)
     assert "it asks for 8" in two.text and "Gres=gpu:2 " in two.remedy, "gres counts a node's GPUs"
+    either = explain(pending("QOSMaxGRESPerUser", Partition="mit_normal_gpu,mit_preemptable"), cluster)
+    assert "'mit_preemptable' allows 4" in either.text and "your other jobs end" in either.remedy
     six = explain(pending("QOSMaxGRESPerUser", NumNodes="6", **wide), cluster)
     assert "--nodes=4 at most" in six.remedy
     cluster.my_jobs = read_jobs((RECORDED / "squeue-22.05.txt").read_text())
@@ -177,6 +189,29 @@ def test_your_own_quota_is_told_from_a_busy_cluster(cluster):
     assert "you hold 2 there now" in held.text and "your other jobs end" in held.remedy
     busy = explain(pending("Resources"), cluster)
     assert busy.whose == "the cluster is busy"
+
+
+def test_a_start_waits_for_your_own_jobs_under_your_limit(cluster, monkeypatch):
+    """SLURM's --test-only names a start that the user's own limit does not allow yet."""
+    cluster.my_jobs = read_jobs((RECORDED / "squeue-22.05.txt").read_text())
+    place = cluster.partitions
+    assert own_wait(cluster, place["mit_normal_gpu"], request(1)) == 59, "2 of 2 are held, for an hour"
+    assert own_wait(cluster, place["mit_preemptable"], request(2)) == 0, "2 of 4 are held"
+    assert own_wait(cluster, place["mit_preemptable"], request(3)) == 89
+    limits = {"mit_normal_gpu": Qos("mit_normal_gpu", per_user={"gres/gpu": 2, "cpu": 32})}
+    cores = replace(cluster, qos=limits, my_jobs=[replace(cluster.my_jobs[1], gpus={"h200": 1}, cpus=20)])
+    assert [own_wait(cores, place["mit_normal_gpu"], request(1, cpus=n)) for n in (12, 13)] == [0, 59], (
+        "of 32"
+    )
+    said = f"Job 9 to start at {datetime.now():%Y-%m-%dT%H:%M:%S} using"
+    monkeypatch.setattr(plan, "_probe", lambda option: slurm.Answer(0, "", said))
+    monkeypatch.setattr(slurm, "nodes_to_report", lambda: False)
+    found = options(cluster, SITE, request(1), partitions="mit_normal_gpu,mit_preemptable")
+    plan.ask_starts(found)
+    assert best(found).partition == "mit_preemptable" and not best(found).own_wait
+    waits = next(option for option in found if option.partition == "mit_normal_gpu")
+    assert 58 <= (waits.start - datetime.now()).total_seconds() / 60 <= 59
+    assert "when your own jobs there end" in plan._answer(waits, 1)
 
 
 @pytest.mark.parametrize(

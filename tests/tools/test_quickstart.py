@@ -14,6 +14,7 @@ import pytest
 import run_kit
 
 from nanogpt.common import checkpoints, lease
+from nanogpt.common.machine import has_nvidia_driver
 from tools import quickstart
 from tools.children import Children, Interrupted
 from tools.runs import Run, ValPoint, read_run
@@ -113,6 +114,7 @@ def test_stopped_while_it_trains_it_goes_on_and_a_report_that_is_missing_is_made
     assert "stopped by Ctrl-C; nothing is lost: `python -m tools.quickstart " in out
     end = read_run(folder).events[-1]
     assert end["status"] == "interrupted" and 20 <= end["step"] < 1500
+    assert read_run(folder).max_steps == 1500 and (read_run(folder).eta_s() or 0) > 0, "what watch shows"
 
     (folder / "stop").touch()  # as if it had been stopped this way: whoever types it again means to go on
     status, out, err = finish(start(clone, *flags))
@@ -337,3 +339,29 @@ def test_bfloat16_is_taken_where_the_cpu_multiplies_it(tmp_path, capsys):
     assert quickstart.fast_arithmetic([], tmp_path / "not there") == []
     assert quickstart.fast_arithmetic(["--dtype=float32"], new) == []
     assert quickstart.fast_arithmetic(["--device=cpu"], new) == []
+
+
+@pytest.mark.skipif(has_nvidia_driver(), reason="a GPU computes here")
+def test_two_threads_compute_only_where_two_cores_are_idle(finished, tmp_path, monkeypatch, capsys):
+    nothing, argv = tmp_path / "none", finished[1]
+    monkeypatch.setattr(quickstart, "usable_cores", lambda: 4)
+    for idle, words in ((3.5, ["--num_threads=2"]), (0.4, ["--num_threads=1"])):
+        assert quickstart.threads(nothing, [], lambda idle=idle: idle) == words
+    assert "0.4 cores have nothing else to do" in capsys.readouterr().out
+    for word in ("--num_threads=3", "--device=cpu"):
+        assert quickstart.threads(nothing, [word], lambda: 4.0) == []
+    # What goes on is the same run: its flags are.
+    assert quickstart.threads(finished[0], [], lambda: 4.0) == []
+    write_run(
+        finished[0], [*argv, "--num_threads=1"],
+        fingerprint=quickstart._fingerprint("letters", str(finished[0].parent / "data")),
+    )  # fmt: skip
+    assert quickstart.threads(finished[0], [], lambda: 4.0) == ["--num_threads=1"]
+
+
+def test_idle_cores_are_counted(tmp_path):
+    if sys.platform == "linux":
+        assert 0.0 <= quickstart.idle_cores() <= 1.2 * os.cpu_count() + 0.2
+    assert quickstart.idle_cores(tmp_path / "not there") == float("inf")
+    (tmp_path / "odd").write_text("cpu  1 2\n")
+    assert quickstart.idle_cores(tmp_path / "odd") == 0.0

@@ -9,6 +9,7 @@ import pytest
 
 from nanogpt.common.errors import UserError
 from tools import run_list
+from tools.site import watch
 
 
 def write(folder: Path, age: int, source: str = "a = 1\n", entry: str = "train.py", **config: object) -> Path:
@@ -61,6 +62,21 @@ def test_a_run_that_was_killed_does_not_pass_for_running(tmp_path: Path, capsys)
     assert listed(capsys, tmp_path)[0] == "killed  running, step 9, val 2.0000"
     os.utime(metrics, (time.time() - 7200,) * 2)
     assert listed(capsys, tmp_path)[0] == "killed  cut off? silent for 2 h, step 9, val 2.0000"
+
+
+def test_a_run_of_out_goes_by_its_name(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(run_list, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(watch, "checkout", lambda: tmp_path)
+    write(tmp_path / "out" / "first", 2, lr=0.1)
+    write(tmp_path / "out" / "second", 1, lr=0.2)
+    assert listed(capsys, "second", "--against", "first") == [
+        "second  finished, step 9, val 2.0000",
+        "changed since first: lr: 0.1 -> 0.2",
+    ]
+    assert listed(capsys, "first", "--note", "kept") == [f"{tmp_path / 'out/first/note.txt'}: written"]
+    view = watch.View()
+    watch.find_target(view, "second")
+    assert view.run_path == tmp_path / "out" / "second"
 
 
 def test_damaged_and_hostile_runs_are_listed_all_the_same(tmp_path: Path, capsys) -> None:

@@ -24,7 +24,7 @@ def test_a_run_as_it_should_be(tmp_path):
         '{"event": "val", "step": 0, "val_loss": 4.1, "tokens": 10}',
         train(10, 3.0, tokens=110),
     )
-    (run_dir / "config.json").write_text('{"max_iters": 100}')
+    (run_dir / "config.json").write_text('{"config": {"max_iters": 100}}')
     run = read_run(run_dir)
     assert (run.step, run.loss, run.val_loss, run.max_steps, run.status) == (10, 3.0, 4.1, 100, "running")
     assert run.eta_s() == 90 * 10.0 / 1000

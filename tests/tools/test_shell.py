@@ -33,7 +33,7 @@ def terminal(root, tmp_path):
                 [sys.executable, "-I", str(script), str(root), "300", str(idle)],
                 environment,
             )
-        screen, limit = "", time.monotonic() + 60
+        screen, limit = "", time.monotonic() + 600
         while time.monotonic() < limit:
             if select.select([fd], [], [], 0.2)[0]:
                 try:

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from tools.args import clock, parse_minutes, words
+from tools.launch import book, manage
+from tools.site import cluster as cluster_module
 from tools.site import slurm
 from tools.site.cluster import Cluster, read_associations, read_jobs, read_nodes, read_partitions, read_qos
 from tools.site.profile import Site, default_cpus, site_text
+from tools.site.slurm import Answer, Job
 from tools.site.usage import FIELDS, advice, read_usage, show
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -225,3 +228,29 @@ def test_noise_never_raises():
         slurm.gpus(line), slurm.tres(line), slurm.state_of(line), slurm.count_tasks(line)
         assert all(isinstance(node.free_gpus(""), int) for node in nodes)
         assert all(job.base.isdigit() for job in jobs)
+
+
+@pytest.mark.parametrize("accounting", [True, False])
+def test_a_task_that_completes_is_counted_once(monkeypatch, tmp_path, accounting):
+    """squeue still lists what the accounting, or without it the controller, knows to have ended."""
+    said = {
+        "sacct": Answer(0, "JobID|State\n12_0|COMPLETED\n12_1|CANCELLED by 0\n12_[3-4]|CANCELLED by 0\n", ""),
+        "scontrol": Answer(
+            0,
+            "JobId=13 ArrayJobId=12 ArrayTaskId=0 JobState=COMPLETED\n"
+            "JobId=14 ArrayJobId=12 ArrayTaskId=1 JobState=CANCELLED\n"
+            "JobId=12 ArrayJobId=12 ArrayTaskId=3-4%1 JobState=CANCELLED\n",
+            "",
+        ),
+    }
+    if not accounting:
+        said["sacct"] = Answer(1, "", "Slurm accounting storage is disabled")
+    monkeypatch.setattr(slurm, "ask", lambda words, **_: said[words[0]])
+    monkeypatch.setattr(slurm, "available", lambda: True)
+    queue = [
+        Job("12_1", "12", "COMPLETING", "None", "p", "x", {}),
+        Job("12_2", "12", "RUNNING", "None", "p", "x", {}),
+    ]
+    monkeypatch.setattr(cluster_module, "my_jobs", lambda: queue)
+    launch = book.Launch("x", 1, token="t", preset="p", trainer="t", runs=["out/x"], args=[], job_id="12")
+    assert manage._states(tmp_path, [launch]) == {"x": {"RUNNING": 1, "COMPLETED": 1, "CANCELLED": 3}}

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     here = args.local or not slurm.available()
     if here and not args.local and (sign := slurm.sign_of_cluster()):
         raise UserError(
-            f"sbatch: not on PATH, and {sign}: load SLURM's module, or --local to run it on this machine"
+            f"no SLURM here (no sbatch on PATH), yet {sign}: load its module, or --local to train on this machine"
         )
     launch = _launch_here if here else _launch_slurm
     if args.dry_run or args.test_only:

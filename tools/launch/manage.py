@@ -90,7 +90,9 @@ def cancel(argv: list[str]) -> int:
         return 0
     ended = ended_states([launch.job_id])
     if ended and not any(job.base == launch.job_id for job in my_jobs()):
-        print(f"{launch.name}: job {launch.job_id} has ended already ({', '.join({s for _, s, _ in ended})})")
+        print(
+            f"{launch.name}: job {launch.job_id} has ended already ({', '.join({state for _, state in ended})})"
+        )
         return 0
     answer = slurm.ask(["scancel", launch.job_id])
     text = slurm.refusal(answer)
@@ -119,31 +121,33 @@ def _states(root: Path, launches: list[Launch]) -> dict[str, dict[str, int]]:
     from tools.site.cluster import my_jobs
 
     by_id = {launch.job_id: launch for launch in remote if launch.job_id}
+    ended = ended_states(ids) if ids else []
+    over = {key for key, _ in ended}  # squeue has some of them still, as COMPLETING
     with contextlib.suppress(SlurmUnreachable):
         for job in my_jobs():
-            if job.base in by_id:
+            if job.base in by_id and not (job.state == "COMPLETING" and job.key in over):
                 counts = found[by_id[job.base].name]
                 key = job.state + (f" ({job.reason})" if job.state == "PENDING" else "")
                 counts[key] = counts.get(key, 0) + job.tasks
-    if ids:
-        for base, state, tasks in ended_states(ids):
-            counts = found[by_id[base].name] if base in by_id else {}
-            counts[state] = counts.get(state, 0) + tasks
+    for key, state in ended:
+        base = key.partition("_")[0]
+        counts = found[by_id[base].name] if base in by_id else {}
+        counts[state] = counts.get(state, 0) + slurm.count_tasks(key)
     return found
 
 
-def ended_states(ids: list[str]) -> list[tuple[str, str, int]]:
-    """(array or job id, state, how many tasks) of what has ended: from sacct, else from scontrol."""
+def ended_states(ids: list[str]) -> list[tuple[str, str]]:
+    """(`12`, `12_3` or `12_[4-9]`, state) of what has ended: from sacct, else from scontrol."""
     answer = slurm.ask(["sacct", "-X", "--parsable2", "-j", ",".join(ids), "-o", "JobID,State"])
     rows = [(row.get("JobID", ""), slurm.state_of(row.get("State", ""))) for row in slurm.table(answer.out)]
     if not rows:
         for job in ids:
             for line in slurm.ask(["scontrol", "show", "job", "-o", job]).out.splitlines():
                 row = slurm.fields(line)
-                base = row.get("ArrayJobId", row.get("JobId", ""))
-                rows.append((f"{base}_0", slurm.state_of(row.get("JobState", ""))))
-    ended = [(key, state) for key, state in rows if state in slurm.ENDED]
-    return [(key.partition("_")[0], state, slurm.count_tasks(key)) for key, state in ended]
+                key, index = row.get("ArrayJobId", row.get("JobId", "")), row.get("ArrayTaskId", "")
+                key += f"_{index}" if index.isdigit() else f"_[{index}]" if index else ""
+                rows.append((key, slurm.state_of(row.get("JobState", ""))))
+    return [(key, state) for key, state in rows if state in slurm.ENDED]
 
 
 def _adopt(root: Path, launch: Launch) -> None:

@@ -87,7 +87,7 @@ def newest(root: Path, preset: str) -> tuple[Run, float] | None:
         folders += [path for path in runs_under(root / "out") if re.fullmatch(name, path.name)][:LAUNCHES]
     for folder in folders:
         run = read_run(folder)
-        if preset == "speedrun" and run.config.get("recipe") != "record":
+        if preset == "speedrun" and run.settings.get("recipe") != "record":
             continue
         seconds = next((e.get("seconds") for e in reversed(run.events) if e.get("event") == "end"), None)
         if run.status == "finished" and isinstance(seconds, int | float) and seconds > 0:

@@ -151,7 +151,7 @@ def char_model(facts: Facts) -> Rung:
     """The character model at the loss that nanoGPT documents."""
     if waiting := facts.queued("shakespeare"):
         return Rung("char model", "todo", waiting, "engaging watch")
-    runs = [run for run in facts.runs if run.config.get("dataset") == "shakespeare_char" and _long(run)]
+    runs = [run for run in facts.runs if run.settings.get("dataset") == "shakespeare_char" and _long(run)]
     command = "engaging launch nanogpt --name shakespeare"
     if not (facts.data / "shakespeare_char" / "manifest.json").is_file():
         command = "sbatch slurm/nanogpt/prepare_shakespeare.sh" if facts.slurm else (
@@ -188,7 +188,9 @@ def speedrun(facts: Facts) -> Rung:
     if waiting := facts.queued("speedrun"):
         return Rung("speedrun", "todo", waiting, "engaging watch")
     runs = [
-        run for run in facts.runs if "extension_steps" in run.config and run.config.get("recipe") != "tiny"
+        run
+        for run in facts.runs
+        if "extension_steps" in run.settings and run.settings.get("recipe") != "tiny"
     ]
     for run in runs:
         if run.status == "finished" and run.val_loss is not None:
@@ -234,7 +236,7 @@ def _reached(name: str, runs: list[Run], target: float, command: str) -> Rung:
     if best.best_val.val_loss <= target:
         return Rung(name, "done", text)
     if best.status != "finished":
-        return Rung(name, "todo", f"{text} so far, {best.status} at step {best.step}", command)
+        return Rung(name, "todo", f"{text} so far, {best.standing} at step {best.step}", command)
     return Rung(
         name, "failed", f"{text}, expected {target} or less: engaging repro out/{best.name}/log.txt", command
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from nanogpt.common.errors import UserError
 from nanogpt.common.flags import nearest
-from tools.args import clock, counted, words
+from tools.args import clock, counted, parse_minutes, words
 from tools.site.cluster import Cluster
 from tools.site.slurm import Node, Partition, Qos
 
@@ -90,6 +90,28 @@ def gpu_cap(
         limits = qos.per_job if per_job else qos.per_user
         caps += [(limits[name], qos.name) for name in _gpu_names(request.gpu_type) if name in limits]
     return min(caps, default=(None, ""), key=lambda cap: cap[0])
+
+
+def own_wait(cluster: Cluster, partition: Partition, request: Request) -> int:
+    """Minutes until enough of the user's own running jobs have ended, at their limits, for the GPUs and cores asked for
+    to fit under the user's limit; 0 for now. `sbatch --test-only` knows nothing of it."""
+    wait = 0
+    for qos in effective_qos(cluster, partition, request):
+        sharing = {other.name for other in cluster.partitions.values() if other.qos == qos.name}
+        for name in (*_gpu_names(request.gpu_type), "cpu"):
+            cap, kind = qos.per_user.get(name), name.partition(":")[2]
+            asked = request.cpus * request.nodes if name == "cpu" else request.all_gpus
+            held = []
+            for job in cluster.my_jobs:
+                count = (job.gpus.get(kind, 0) if kind else sum(job.gpus.values())) * job.nodes
+                count = job.cpus if name == "cpu" else count
+                if count and job.state == "RUNNING" and (job.partition in sharing or job.qos == qos.name):
+                    held.append((max(0, (job.limit_minutes or 0) - (parse_minutes(job.elapsed) or 0)), count))
+            free = (cap or 0) - sum(count for _, count in held)
+            for left, count in sorted(held):
+                if cap is not None and free < asked:
+                    wait, free = max(wait, left), free + count
+    return wait
 
 
 def largest_node(cluster: Cluster, partition: str, kind: str | None) -> int:

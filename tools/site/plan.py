@@ -13,7 +13,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from nanogpt.common.errors import UserError
@@ -23,7 +23,16 @@ from tools.place import checkout
 from tools.site import grace, slurm
 from tools.site.cluster import Cluster, ask_cluster, gpu_rank
 from tools.site.estimate import past, too_short
-from tools.site.limits import Refusal, Request, check_account, check_gpu_type, gpu_cap, refusals, room
+from tools.site.limits import (
+    Refusal,
+    Request,
+    check_account,
+    check_gpu_type,
+    gpu_cap,
+    own_wait,
+    refusals,
+    room,
+)
 from tools.site.profile import Site, current_site, default_cpus, default_memory
 from tools.site.settings import fill
 
@@ -49,6 +58,7 @@ class Option:
     at_once: int | None = None  # runs side by side under the user's own limit; None: no known limit
     room: int | None = None  # the same on the nodes that there are, if nobody else used them; None: not known
     small: bool = False  # what is to run there needs no fast GPU
+    own_wait: int = 0  # minutes until the user's own jobs leave room under the user's limit
     preemptable: bool = False
     spares_gpus: bool = True  # False: a job without GPUs would sit on GPU nodes
 
@@ -103,6 +113,7 @@ def options(
             cap, _ = gpu_cap(cluster, partition, asked)
             if cap is not None and asked.all_gpus:
                 option.at_once = max(1, cap // asked.all_gpus)
+            option.own_wait = own_wait(cluster, partition, asked) if option.ok else 0
             option.small = target is not None and target.small
             option.room = room(cluster, name, asked)
             found.append(option)
@@ -122,7 +133,10 @@ def ask_starts(found: list[Option]) -> None:
         for option, answer in zip(todo, answers, strict=True):
             start = re.search(r"to start at ([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8})", answer.err + answer.out)
             if start:
-                option.start = datetime.fromisoformat(start[1])
+                ours = datetime.now() + timedelta(minutes=option.own_wait)
+                option.start = max(
+                    datetime.fromisoformat(start[1]), ours if option.own_wait else datetime.min
+                )
             elif answer.rc != 0:
                 option.refusals.append(
                     Refusal("SLURM refuses", f"{option.partition}: {slurm.refusal(answer)}")
@@ -277,6 +291,7 @@ def _answer(option: Option, seeds: int) -> str:
     if option.refusals:
         return "no: " + "; ".join(refusal.short for refusal in option.refusals)
     text = "yes" + (f", start {_when(option.start)}" if option.start else "")
+    text += ", when your own jobs there end" if option.own_wait else ""
     hours = option.gpu_hours(seeds)
     text += f", {hours:.3g} GPU-hour{'s' * (hours != 1)} at most" if hours else ""
     if seeds > 1:

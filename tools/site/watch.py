@@ -18,7 +18,7 @@ from nanogpt.common.errors import UserError
 from tools.args import Parser, words
 from tools.launch import book
 from tools.place import checkout
-from tools.runs import Run, printable, read_run, runs_under, tail
+from tools.runs import Run, is_run, printable, read_run, runs_under, tail
 from tools.site import slurm
 from tools.site.cluster import my_jobs
 from tools.site.slurm import Job, SlurmUnreachable
@@ -166,8 +166,9 @@ def find_target(view: View, wanted: str | None) -> None:
     """Which job, run directory and log: from an id, a name, a folder, or the newest there is."""
     root = checkout()
     launch = None
-    if wanted and (root / wanted).is_dir():
-        view.run_path = root / wanted
+    in_out = bool(wanted) and wanted not in book.names(root) and is_run(root / "out" / wanted)
+    if wanted and (in_out or (root / wanted).is_dir()):
+        view.run_path = root / "out" / wanted if in_out else root / wanted
         return
     if wanted and not slurm.JOB_ID.fullmatch(wanted):
         launch = book.find(root, wanted)

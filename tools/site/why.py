@@ -151,9 +151,12 @@ def _quota(
     row: dict[str, str], request: Request, cluster: Cluster, text: str, remedy: str
 ) -> tuple[str, str]:
     """The figures of a per-user limit: asked, allowed, held now; and the flag that fits under it."""
-    name = row.get("Partition", "").split(",")[0]
-    if name not in cluster.partitions:
+    names = [name for name in row.get("Partition", "").split(",") if name in cluster.partitions]
+    if not names:
         return text, "engaging plan shows your limits"
+    # It may start in any of several partitions: that with the most room counts.
+    caps = {name: gpu_cap(cluster, cluster.partitions[name], request)[0] for name in names}
+    name = max(names, key=lambda name: caps[name] if caps[name] is not None else 10**6)
     partition = cluster.partitions[name]
     held = cluster.used(partition=name)
     cap, qos = gpu_cap(cluster, partition, request)

@@ -1,7 +1,8 @@
 """A stand-in for pip, as `python -m pip`: installs modules of one line, writes down how it was called.
 
 A torch from an index that ends in /cu126 or /cpu has that build; one from pip's own index has $PIP_DEFAULT_BUILD.
-$PIP_FAILS=yes: installs the first distribution and fails. $PIP_WAITS=FILE: makes FILE, and waits to be ended.
+$PIP_FAILS=yes: installs the first distribution and fails; =at once: nothing. $PIP_WAITS=FILE: makes FILE, and waits to
+be ended.
 """
 
 import os
@@ -87,7 +88,10 @@ def main(action: str, *words: str) -> int:
         have = [path.name for path in SITE.glob(f"{name.replace('-', '_')}-*.dist-info")]
         if action == "uninstall":
             uninstall(name)
-        elif not any(f"-{version}.dist" in path for path in have):
+        elif "--force-reinstall" in words or not any(f"-{version}.dist" in path for path in have):
+            if os.environ.get("PIP_FAILS") == "at once":
+                print("ERROR: no network", file=sys.stderr)
+                return 1
             uninstall(name)
             install(name, version, index)
             if os.environ.get("PIP_FAILS"):

@@ -45,7 +45,7 @@ def check_zero_weights(device: str) -> None:
 def check_whole_lane() -> None:
     """The first step of the tiny model with everything in 8 bits, whose down-projections are zero: no NaN, and near."""
     from modded_nanogpt import schedule, setup
-    from modded_nanogpt.kernels.mlp import Fp8Mlp
+    from modded_nanogpt.kernels.mlp_weights import Fp8Mlp
     from tests.modded.test_lanes import ALONE, gradients, lane, small
 
     config = small()

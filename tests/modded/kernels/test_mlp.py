@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from modded_nanogpt.kernels import mlp as kernels
-from modded_nanogpt.kernels.mlp import Fp8Mlp
+from modded_nanogpt.kernels.mlp_weights import Fp8Mlp
 from modded_nanogpt.kernels.reference import mlp as reference
 
 SIZES = [(1, 16, 16), (33, 48, 80), (70, 96, 208)]  # (tokens, width, hidden): odd beside any tile

@@ -1,8 +1,10 @@
 """The rules of promotion, each with a study that it decides."""
 
+import numpy as np
 import pytest
 
 from nanogpt.common.errors import UserError
+from tools.analysis import statistics
 from tools.experiments import promote
 from tools.experiments.study import Result
 
@@ -186,3 +188,51 @@ def test_a_verdict_against_typed_numbers_is_marked_and_one_against_runs_is_not()
     stated = result("palm", "A", [3.28, 3.29], baseline_val_loss=3.30, baseline_std=0.02)
     assert promote.decide([stated]).verdict.endswith(promote.TYPED)
     assert promote.TYPED not in promote.decide([stated, BASE]).verdict
+
+
+def study_of_three_stages(numbers, gain: float, stays: float) -> tuple[bool, bool]:
+    """(stage C is reached, it claims) for three variants, one of which gains `gain` deviations over seeds.
+
+    `stays`: how much of a seed's luck (its variance) is the same at all stages.
+    """
+    luck = numbers.standard_normal((4, 5))
+
+    def stage(letter: str, seeds: int) -> list[Result]:
+        noise = stays**0.5 * luck[:, :seeds] + (1 - stays) ** 0.5 * numbers.standard_normal((4, seeds))
+        noise[1] -= gain
+        names = ("baseline", "palm", "depth", "curriculum")
+        return [
+            result(name, letter, [3.3 + 0.002 * float(x) for x in row])
+            for name, row in zip(names, noise, strict=True)
+        ]
+
+    first, second, third = stage("A", 2), stage("B", 3), stage("C", 5)
+    known, there = list(first), {one.variant: one for one in second}
+    for _ in range(2):  # the second time for the pivot
+        found = promote.decide(known)
+        chosen = [name for name in found.advance if name != "baseline"]
+        if not chosen or found.to == "C":
+            break
+        known += [there[name] for name in ("baseline", *chosen) if there[name] not in known]
+    found = promote.decide(known)
+    chosen = [name for name in found.advance if name != "baseline"]
+    if found.to != "C" or not chosen:
+        return False, False
+    last = {one.variant: list(one.losses.values()) for one in third}
+    return True, statistics.welch(last["baseline"], last[chosen[0]]).p < statistics.ALPHA
+
+
+@pytest.mark.parametrize(
+    ("gain", "stays", "reached", "claimed"),
+    [
+        (0, 0.0, (0.0, 0.04), (0.0, 0.005)),
+        (0, 1.0, (0.0, 0.05), (0.0, 0.01)),  # with luck that stays with its seed through all stages
+        (2, 0.0, (0.20, 0.35), (0.10, 0.22)),
+        (4, 0.0, (0.72, 0.86), (0.71, 0.85)),
+    ],
+)
+def test_what_the_three_stages_let_through(gain, stays, reached, claimed):
+    """The figures of the guide: simulated studies, equal spread everywhere."""
+    numbers = np.random.default_rng(17)
+    found = np.array([study_of_three_stages(numbers, gain, stays) for _ in range(400)]).mean(axis=0)
+    assert reached[0] <= found[0] <= reached[1] and claimed[0] <= found[1] <= claimed[1], found

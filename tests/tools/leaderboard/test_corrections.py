@@ -72,7 +72,7 @@ def test_others_of_the_group_add_and_change_nothing(
         board = shutil.copytree(made, Path(place) / "board")
         done = subprocess.run(
             ["sh", "-c", f"umask 077; {line}", record], cwd=board, user=12345, group=board.stat().st_gid,
-            extra_groups=[], capture_output=True, timeout=60,
+            extra_groups=[], capture_output=True, timeout=600,
         )  # fmt: skip
         assert (done.returncode == 0) is allowed, done.stderr
 

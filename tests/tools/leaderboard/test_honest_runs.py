@@ -11,6 +11,7 @@ from board_kit import Made
 
 from nanogpt.data import small_sets
 from tests.faults import tiny
+from tests.modded import forked
 from tests.tools import run_kit
 from tools.leaderboard import command
 
@@ -371,7 +372,7 @@ def test_a_real_study_reaches_the_board_and_is_run_again(
     assert "it is the unedited template of the track words" in capsys.readouterr().out
 
 
-def test_a_real_speedrun_of_the_tiny_preset(tmp_path: Path, run_python: Callable, capsys) -> None:
+def test_a_real_speedrun_of_the_tiny_preset(tmp_path: Path, zygote, capsys) -> None:
     """The speedrun's trainer on the CPU: its directory is read, and what its marks say of FineWeb is no matter here."""
     ids = {"train": np.arange(60_000) % 95, "val": np.arange(1200) % 95}
     small_sets.publish(
@@ -382,8 +383,7 @@ def test_a_real_speedrun_of_the_tiny_preset(tmp_path: Path, run_python: Callable
         "--eval_interval=4", "--eval_tokens=1024", "--eval_slice=1024", "--warmup=false", "--num_threads=1",
         "--device=cpu", f"--data_root={tmp_path}", f"--out_dir={tmp_path}/run",
     )  # fmt: skip
-    done = run_python("-m", "modded_nanogpt.train_gpt", "tiny", *flags)
-    assert done.returncode == 0, done.stderr
+    forked.finished(forked.launch(zygote, "train_gpt", ["tiny", *flags], tmp_path))
     board, run, data = f"{tmp_path}/board", f"{tmp_path}/run", f"--data_root={tmp_path}"
     assert (
         command.main(["track", board, run, data, "--name=tiny", "--title=Tiny speedrun", "--target=3"]) == 0

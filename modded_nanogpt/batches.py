@@ -277,6 +277,7 @@ class _Packer:
         self.bigram_rows, self.table_rows = layer_plan.bigram_rows(config), layer_plan.table_rows(config)
         self.sign_rows = size.sign_rows if self.bigram_rows and config.bigram_signs else 0
         self.gram_signs = size.sign_rows
+        self.slot = np.array([size.vocab] if config.copy_pointer else [], np.int64)  # scored like a target
 
     def pack(
         self,
@@ -310,7 +311,8 @@ class _Packer:
             bigram_runs=None if bigrams is None else self._runs(bigrams),
             max_document=min(max_document, length),
             candidates=self._tensor(
-                candidates(tokens[1:], sampled[0], self.vocabulary, sampled[1]), torch.int64
+                candidates(np.append(tokens[1:], self.slot), sampled[0], self.vocabulary, sampled[1]),
+                torch.int64,
             )
             if sampled[0]
             else None,

@@ -62,6 +62,9 @@ _TABLE = {
     "gate_b2": Row("whole", lr=0.1),
     "gate_scale": Row("whole", lr=0.1),
     "static_gates": Row("whole", lr=0.1),
+    "pointer_qk": Row("whole", lr=0.25),
+    "pointer_sink": Row("whole", lr=0.25),
+    "pointer_gain": Row("whole"),
 }
 
 # The medium track's Adam has other betas on its tables, a larger epsilon, and a base rate half as large, of which its

@@ -50,10 +50,12 @@ def test_a_run_continues_what_it_has_learned(trained, capfd):
     assert first[19:27] == "defghijk"  # the alphabet is all that there was to learn
 
 
-def test_logits_are_those_of_the_validation():
+@pytest.mark.parametrize("pointer", [False, True])
+def test_logits_are_those_of_the_validation(pointer):
     config = Config(
-        recipe="tiny", vocab_size=512, prefix=False, sampled_softmax=False, device="cpu", compile="false"
-    )
+        recipe="tiny", vocab_size=512, prefix=False, sampled_softmax=False, device="cpu", compile="false",
+        copy_pointer=pointer,
+    )  # fmt: skip
     state = setup.build(config, Ranks(0, 0, 1, torch.device("cpu")), compile_with="eager")
     setup._randomize(state, 1)
     tokens = torch.randint(0, 511, (150,), generator=torch.Generator().manual_seed(3)).tolist()

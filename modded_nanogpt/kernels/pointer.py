@@ -33,7 +33,7 @@ def copy_shares(
     tokens, doc_start, doc_end: (T,) int32, the input at each place, where its document begins and the place behind it;
     targets: (T,) int64, in the numbers of `tokens`.
     """
-    if not uses_kernels(q):
+    if not (uses_kernels(q) or torch.compiler.is_compiling()):
         return reference.copy_shares(q, k, sink, tokens, targets, doc_start, block)
     return torch.ops.speedrun.copy_shares(q, k, sink, tokens, targets, doc_start, doc_end, block)[:2]
 
@@ -44,6 +44,10 @@ def _copy_shares(
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(copied, of the sink, log2 of the sums of exponentials), each (T,) float32."""
+    if not uses_kernels(
+        q
+    ):  # the twin as it is in a compiled graph, the validation's: without a backward pass
+        return *reference.copy_shares(q, k, sink, tokens, targets, doc_start, block), torch.empty_like(sink)
     from modded_nanogpt.kernels.pointer_kernels import shares_kernel
 
     copied, of_sink, lse = (torch.empty_like(sink, dtype=torch.float32) for _ in range(3))

@@ -5,6 +5,8 @@ Its kernels and losses are in `kernels/test_pointer`; one lane of it as a graph 
 
 import dataclasses
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from nanogpt.data import small_sets
 from tests.modded.forked import finished, launch
 from tests.modded.test_lanes import VOCAB, gradients, lane, small
 from tests.modded.test_train_gpt import losses as losses_of
-from tests.modded.test_train_gpt import records
+from tests.modded.test_train_gpt import records, wait_for
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
@@ -107,49 +109,68 @@ def test_blocks_limit_what_is_seen(state, monkeypatch):
     assert lanes.eval_lane(state, batch, True, (16, 32)).sum() != validation
 
 
-VOCABULARY, PERIOD = 100, 40
+def test_validation_compiles_whole(state):
+    torch._dynamo.reset()
+    compiled = torch.compile(lanes.lane_losses, fullgraph=True, backend="aot_eager")
+    for batch in (lane(5), lane(6)):
+        expected = lanes.eval_lane(state, batch, True, (16, 32))
+        found = lanes.eval_lane(dataclasses.replace(state, eval_graph=compiled), batch, True, (16, 32))
+        torch.testing.assert_close(found, expected)
+
+
+def test_it_learns_to_copy():
+    """Where the residual says what stands here and what comes next, the pointer finds where that stood before."""
+    config = small("--copy_pointer=true")
+    model, generator = setup.build(config, ALONE).model, torch.Generator().manual_seed(1)
+    model.init_weights(1)
+    tokens = torch.randint(0, 40, (257,), generator=generator)
+    codes = torch.randn(2, 40, 48, generator=generator)
+    x = torch.cat([codes[0][tokens[:-1]], codes[1][tokens[1:]]], dim=1)
+    cu_seqlens = torch.tensor([0, 128, 256], dtype=torch.int32)
+    pieces = Documents(cu_seqlens, *documents(cu_seqlens, 256), 128)
+    head = torch.zeros(640, 96)  # the head knows nothing: all classes are alike, and so is the slot
+    learned = [model.pointer_qk, model.pointer_sink, model.pointer_gain]
+    optimizer = torch.optim.Adam(learned, lr=0.03)
+    for _ in range(100):
+        copy = pointer.copy_rows(model, pointer.keys(model, x), tokens[:-1].int(), tokens[1:], pieces, 64)
+        weights = (torch.ones(1), torch.zeros(1), losses.SOFTCAP, 1.0, False, 640)
+        optimizer.zero_grad()
+        losses.train_loss(x, head, tokens[1:], None, None, *weights, copy).backward()
+        optimizer.step()
+    first_keys = [max(i // 128 * 128, (i // 64 - 1) * 64) for i in range(256)]
+    seen = torch.tensor([int(tokens[i + 1]) in tokens[low:i].tolist() for i, low in enumerate(first_keys)])
+    assert 0.4 < seen.double().mean() < 0.9
+    assert copy.copied[seen].mean() > 0.9 and not copy.copied[~seen].any()
+
+
 FLAGS = (
-    "tiny", "--dataset=echoes", f"--vocab_size={VOCABULARY}", "--prefix=false", "--steps=30", "--extension_steps=2",
+    "tiny", "--dataset=small", "--vocab_size=100", "--prefix=false", "--steps=7", "--extension_steps=1",
     "--eval_interval=100", "--eval_tokens=2048", "--eval_slice=1024", "--warmup=false", "--num_threads=1",
-    "--device=cpu", "--data_passes=9", "--sampled_softmax=false", "--save_minutes=0", "--table_rows=0",
-    "--copy_pointer=true",
+    "--device=cpu", "--data_passes=9", "--sampled_softmax=false", "--save_minutes=0", "--copy_pointer=true",
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Documents of 40 random tokens, said five times over: nothing to know but where to look."""
-    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(5)
-    pieces = [np.append(99, np.tile(rng.integers(0, 99, PERIOD), 5)) for _ in range(500)]
-    tokens = np.concatenate(pieces).astype(np.uint16)
-    small_sets.publish("echoes", root, {"train": tokens[:-3000], "val": tokens[-3000:]}, "char", VOCABULARY,
-                       "".join(chr(200 + k) for k in range(VOCABULARY)))  # fmt: skip
-    return root
+def test_two_ranks_and_a_resumed_run_train_as_one(zygote, tmp_path):
+    rng = np.random.default_rng(5)
+    pieces = [np.append(99, np.tile(rng.integers(0, 99, 40), 5)) for _ in range(400)]
+    tokens, chars = np.concatenate(pieces).astype(np.uint16), "".join(chr(200 + k) for k in range(100))
+    splits = {"train": tokens[:-3000], "val": tokens[-3000:]}
+    small_sets.publish("small", tmp_path / "data", splits, "char", 100, chars)
 
+    def start(name: str, *flags: str, ranks: int = 1) -> list:
+        words = [*FLAGS, f"--out_dir={tmp_path}/{name}", *flags]
+        return launch(zygote, "train_gpt", words, tmp_path / "data", ranks=ranks)
 
-@pytest.fixture(scope="module")
-def undisturbed(zygote, data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finished(launch(zygote, "train_gpt", [*FLAGS, f"--out_dir={out}"], data))
-    return out
-
-
-def test_it_learns_with_two_ranks_and_after_an_interruption_as_alone(zygote, data, undisturbed, tmp_path):
-    alone = losses_of(undisturbed)
-    finished(launch(zygote, "train_gpt", [*FLAGS, f"--out_dir={tmp_path}/two"], data, ranks=2))
+    finished(start("alone"))
+    alone = losses_of(tmp_path / "alone")
+    finished(start("two", ranks=2))
     together = losses_of(tmp_path / "two")
-    assert max(abs(together[step] - alone[step]) for step in alone) < 2e-3
-    flags = [*FLAGS, f"--out_dir={tmp_path}/stopped", "--save_interval=4", "--auto_resume=true"]
-    (tmp_path / "stopped").mkdir()
-    for status in (75, 0):
-        if status:
-            (child,) = launch(zygote, "train_gpt", flags, data)
-            while not (tmp_path / "stopped" / "checkpoints" / "step_00000004").exists():
-                assert child.status is None
-            (tmp_path / "stopped" / "stop").touch()
-            finished([child], status=75)
-            (tmp_path / "stopped" / "stop").unlink()
-        else:
-            finished(launch(zygote, "train_gpt", flags, data))
-    assert losses_of(tmp_path / "stopped") == alone
-    assert len(records(tmp_path / "stopped", "resume")) == 1
+    assert max(abs(together[step] - alone[step]) for step in alone) < 1e-4
+    (child,) = start("killed", "--save_interval=2")
+    wait_for(lambda: (tmp_path / "killed/checkpoints/step_00000002").exists() or child.status is not None)
+    os.kill(child.pid, signal.SIGKILL)
+    finished([child], status=-signal.SIGKILL)
+    finished(start("killed", "--auto_resume=true"))
+    assert losses_of(tmp_path / "killed") == alone and len(records(tmp_path / "killed", "resume")) == 1
+    last = [records(tmp_path / name, "val")[-1]["val_loss"] for name in ("alone", "killed")]
+    assert last[0] == last[1]

@@ -9,6 +9,7 @@ gradients are sums in a fixed order. The plain twin is `reference/pointer.py`.
 import torch
 from torch import Tensor
 
+from modded_nanogpt.kernels.attention import padded, rows_together
 from modded_nanogpt.kernels.launch import on_device_of, uses_kernels
 from modded_nanogpt.kernels.reference import pointer as reference
 
@@ -29,7 +30,7 @@ def copy_shares(
     """(mass on keys whose token is the target, mass on the sink), each (T,) float32, differentiable by q, k, sink.
 
     Query i sees the keys of its document before i, in its block of `block` tokens or the one before; softmax scale 1.
-    q, k: (T, D), D <= 128, each row's entries together in memory; sink: (T,) float32, each query's score of the sink;
+    q, k: (T, D), D <= 128; sink: (T,) float32, each query's score of the sink;
     tokens, doc_start, doc_end: (T,) int32, the input at each place, where its document begins and the place behind it;
     targets: (T,) int64, in the numbers of `tokens`.
     """
@@ -50,6 +51,7 @@ def _copy_shares(
         return *reference.copy_shares(q, k, sink, tokens, targets, doc_start, block), torch.empty_like(sink)
     from modded_nanogpt.kernels.pointer_kernels import shares_kernel
 
+    q, k = rows_together(q), rows_together(k)
     copied, of_sink, lse = (torch.empty_like(sink, dtype=torch.float32) for _ in range(3))
     _launch(
         shares_kernel, q, q, k, sink, tokens, targets, doc_start, copied, of_sink, lse, block,
@@ -72,7 +74,7 @@ def _copy_shares_backward(
     from modded_nanogpt.kernels.pointer_kernels import shares_key_kernel, shares_query_kernel
 
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    d_copied = d_copied.contiguous()
+    q, k, d_copied = rows_together(q), rows_together(k), d_copied.contiguous()
     delta = d_copied * copied + d_sink * of_sink  # sum over a row of share x its gradient
     rows, shape = (tokens, targets), (q.shape[0], q.stride(0), k.stride(0))
     _launch(shares_query_kernel, q, q, k, *rows, doc_start, lse, d_copied, delta, dq, block, *shape)
@@ -101,7 +103,7 @@ _copy_shares.register_autograd(_gradients, setup_context=_save)
 def _launch(kernel: object, q: Tensor, *arguments: object) -> None:
     """One program for each tile of rows."""
     tokens, dimensions = q.shape
-    width = max(16, 1 << (dimensions - 1).bit_length())
+    width = padded(dimensions)
     even = tokens % max(ROWS, STEP) == 0 and width == dimensions
     with on_device_of(q):
         kernel[(-(-tokens // ROWS),)](

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     print(f"{'':44} {'tokens':>7} {titles}", flush=True)
     rows = []
     for tokens in counts:
-        for make in (head_cases, head_pieces, table_cases, gram_cases, mlp_cases, mlp_pieces):
+        for make in (head_cases, head_pieces, pointer_cases, table_cases, gram_cases, mlp_cases, mlp_pieces):
             rows += table_rows(make, tokens, device, choice, settings.rounds)
     if settings.sweep:
         for make in (row_kernel_sweep, tile_sweep):
@@ -239,6 +239,35 @@ def row_kernel_case(tokens: int, device: object, name: str, low: bool) -> Case:
         name, lambda: cross_entropy._launch(z, losses, SOFTCAP, grad=grad, scale=1.0, **others), None,
         bytes=z.numel() * (2 + grad.element_size()),
     )  # fmt: skip
+
+
+def pointer_cases(tokens: int, device: object, choice: object) -> Iterator[Case]:
+    """The copy pointer's masses, documents of 700 tokens; and the head's loss with them, in the head's precision."""
+    import torch
+
+    from modded_nanogpt import attention_backends
+    from modded_nanogpt.kernels import pointer, pointer_loss
+    from modded_nanogpt.kernels.cross_entropy import CopyRows
+
+    q, k = (torch.randn(tokens, 128, device=device).bfloat16().requires_grad_() for _ in range(2))
+    sink, ids = torch.zeros(tokens, device=device), torch.randint(VOCABULARY, (tokens + 1,), device=device)
+    ends = torch.tensor([*range(0, tokens, 700), tokens], dtype=torch.int32, device=device)
+    rows = (ids[:-1].int(), ids[1:], *attention_backends.documents(ends, tokens), 2048)
+    grad = torch.randn(2, tokens, device=device)
+
+    def masses() -> tuple[torch.Tensor, torch.Tensor]:
+        return pointer.copy_shares(q / 12, k, sink, *rows)
+
+    yield Case("copy pointer, forward", masses, None)
+    yield Case("copy pointer, both", lambda: torch.autograd.backward(masses(), tuple(grad)), None)
+    given, place = head_inputs(tokens, device), torch.tensor([VOCABULARY - 1], device=device)
+    copied, of_sink = (torch.full((tokens,), 0.2, device=device) for _ in range(2))
+    fixed = {"softcap": SOFTCAP, "loss_scale": 1.0, "fp8": bool(choice and choice.head)}
+
+    def with_pointer() -> None:
+        pointer_loss.head_loss(**given, **fixed, copy=CopyRows(place, copied, of_sink)).backward()
+
+    yield Case("head loss with a copy pointer", with_pointer, None, 6 * tokens * WIDTH * VOCABULARY)
 
 
 def table_cases(tokens: int, device: object, choice: object) -> Iterator[Case]:

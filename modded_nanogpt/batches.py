@@ -292,6 +292,7 @@ class _Packer:
         self.classes = None  # of each token, where something goes by them
         if (self.table_rows and self.by_class) or (self.copies and not config.vocab_size):
             self.classes = gpt2_classes(data_root(config.data_root), size.padded_vocab)
+        self.slot = np.array([size.vocab] if config.copy_pointer else [], np.int64)  # scored like a target
 
     def pack(
         self,
@@ -327,7 +328,8 @@ class _Packer:
             bigram_runs=None if bigrams is None else self._runs(bigrams),
             max_document=min(max_document, length),
             candidates=self._tensor(
-                candidates(tokens[1:], sampled[0], self.vocabulary, sampled[1]), torch.int64
+                candidates(np.append(tokens[1:], self.slot), sampled[0], self.vocabulary, sampled[1]),
+                torch.int64,
             )
             if sampled[0]
             else None,

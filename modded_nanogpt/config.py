@@ -128,6 +128,9 @@ class Config:
     dc: bool = knob(False, "dynamically composed heads in the last layer (record 89's)")
     skip: bool = knob(True, "skip connections over the middle")
     asymmetric_softcap: bool = knob(True, "logits 23 sigmoid((z+5)/7.5); false: 30 sigmoid(z/7.5)")
+    copy_pointer: bool = knob(
+        False, "the next token may be copied from where a pointer points in the document (beyond the record)"
+    )
     attention_at_6: bool = knob(False, "layer 6 has attention too (the record has none)")
     embedding: str = knob("tied_then_untied", "input embedding and head: one, two, or one and then two",
                           choices=("tied_then_untied", "tied", "untied"))  # fmt: skip

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modded_nanogpt import attention_backends, losses, schedule
+from modded_nanogpt import attention_backends, losses, pointer, schedule
 from modded_nanogpt.attention import Documents
 from modded_nanogpt.batches import Batch, ValBatches
 from modded_nanogpt.clock import to_device
 from modded_nanogpt.config import Config
 from modded_nanogpt.fast.capture import Recorder
+from modded_nanogpt.kernels import pointer_loss
 from modded_nanogpt.kernels.cross_entropy import eval_losses
 from modded_nanogpt.kernels.reference.cross_entropy import soft_cap
 from modded_nanogpt.model import Copied, Rows, SpeedrunModel
@@ -39,7 +40,7 @@ class State:
 
     model: SpeedrunModel
     optimizer: Optimizer
-    train_graph: Callable[..., Tensor]  # `lane_residual`, compiled or not
+    train_graph: Callable[..., tuple]  # `lane_residual`, compiled or not
     eval_graph: Callable[..., Tensor]  # `lane_losses`
     backend: attention_backends.Backend
     fp8_head: bool
@@ -66,10 +67,14 @@ class State:
 def lane_residual(
     model: SpeedrunModel, rows: Rows, sign_rows: Tensor | None, cu_seqlens: Tensor, longest: int,
     short: Tensor, long: Tensor, fp8: bool, copied: Copied | None = None,
-) -> Tensor:  # fmt: skip
-    """The last residual of one lane (T, d), which the head reads; the loss is formed from it in `losses`."""
+) -> tuple[Tensor, pointer.Keys | None]:  # fmt: skip
+    """The last residual of one lane (T, d), which the head reads, and the copy pointer's queries and keys, if any.
+
+    The loss is formed from them in `losses`.
+    """
     documents = _documents(cu_seqlens, rows.embed.shape[0], longest)
-    return model(rows, sign_rows, documents, (short, long), fp8, copied)
+    x = model(rows, sign_rows, documents, (short, long), fp8, copied)
+    return x, pointer.keys(model, x)
 
 
 def lane_losses(
@@ -82,7 +87,12 @@ def lane_losses(
     """
     documents = _documents(cu_seqlens, targets.numel(), longest)
     x = model(rows, sign_rows, documents, (short, long), False, copied)
-    return eval_losses(x, model.head, targets, losses.softcap(model.config), allowed, inputs)
+    given = (x, model.head, targets, losses.softcap(model.config))
+    found = pointer.keys(model, x)
+    if found is None:
+        return eval_losses(*given, allowed, inputs)
+    copy = pointer.copy_rows(model, found, inputs, targets, documents, pointer.EVAL_BLOCK)
+    return pointer_loss.eval_losses(*given, copy, allowed, inputs)
 
 
 def _documents(cu_seqlens: Tensor, tokens: int, longest: int) -> Documents:
@@ -120,11 +130,15 @@ def _forward(
     """
     model = state.model
     rows = look_up(model, state.table, batch, step.tied, train=True)
-    x = state.train_graph(*train_arguments(state, batch, rows, step))
+    x, found = state.train_graph(*train_arguments(state, batch, rows, step))
+    copy = None
+    if found is not None:
+        documents = _documents(batch.cu_seqlens, batch.inputs.numel(), batch.max_document)
+        copy = pointer.copy_rows(model, found, batch.inputs, batch.targets, documents, pointer.TRAIN_BLOCK)
     scored = None if batch.candidates is None else model.head.detach()[batch.candidates].requires_grad_()
     loss = losses.train_loss(
         x, model.head if scored is None else scored, batch.targets, batch.candidates, state.prefix_table, *weights,
-        losses.softcap(model.config), loss_scale(ranks), state.fp8_head, model.size.padded_vocab,
+        losses.softcap(model.config), loss_scale(ranks), state.fp8_head, model.size.padded_vocab, copy,
     )  # fmt: skip
     return loss, rows, scored
 
@@ -245,12 +259,14 @@ def eval_lane(state: State, batch: Batch, tied: bool, windows: tuple[int, int]) 
 
 @torch.no_grad()
 def next_logits(state: State, batch: Batch, place: int, tied: bool, windows: tuple[int, int]) -> Tensor:
-    """(V,) float32: the capped logits of the token after input `place`, for sampling."""
+    """(V,) float32: the capped logits of the token after input `place`, or their like, for sampling."""
     model, rows = state.model, look_up(state.model, state.table, batch, tied, train=False)
     documents = _documents(batch.cu_seqlens, batch.inputs.numel(), batch.max_document)
     copied = look_up_copied(model, batch, tied)
-    x = model(rows, batch.sign_rows, documents, _windows(*windows), False, copied)[place]
-    return soft_cap((model.head @ x).float(), losses.softcap(model.config))
+    x = model(rows, batch.sign_rows, documents, _windows(*windows), False, copied)
+    logits = soft_cap((model.head @ x[place]).float(), losses.softcap(model.config))
+    found = pointer.keys(model, x)
+    return logits if found is None else pointer.mixed(model, logits, found, batch.inputs, documents, place)
 
 
 def _windows(short: int, long: int) -> tuple[Tensor, Tensor]:

@@ -63,9 +63,10 @@ _LATEST = ("narrow_heads", "depth_cut", "second_mlp", "grouped_mudd", "attention
 LACKS: dict[str, tuple[str, ...]] = {
     "record": ("dc",),
     "record89": _LATEST,
-    "snapshot": (*_LATEST, "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa", "dc", "copy_input"),
+    "snapshot": (*_LATEST, "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa", "dc", "copy_input",
+                 "copy_pointer"),
     "medium": (*_LATEST, "paired_heads", "bigram", "bigram_signs", "cached_attention", "input_gates", "mudd", "xsa",
-               "dc", "attention_at_6", "copy_input"),
+               "dc", "attention_at_6", "copy_input", "copy_pointer"),
 }  # fmt: skip
 
 # Softmax scales at the start of training, by the rotary tables that queries and keys of norm sqrt(D) are turned with:
@@ -204,7 +205,8 @@ def size(config: "Config") -> Size:
     found = SIZES[config.recipe]
     if not config.vocab_size:
         return found
-    padded = math.ceil(config.vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    classes = config.vocab_size + config.copy_pointer  # of which one row behind the vocabulary is the slot
+    padded = math.ceil(classes / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     return replace(found, vocab=config.vocab_size, padded_vocab=padded)
 
 

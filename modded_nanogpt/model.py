@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modded_nanogpt import layer_plan
+from modded_nanogpt import layer_plan, pointer
 from modded_nanogpt.attention import Documents, Extras, Rotaries, Rotary, attend, norm
 from modded_nanogpt.attention_backends import Backend
 from modded_nanogpt.config import Config, lane_tokens
@@ -138,6 +138,8 @@ class SpeedrunModel(nn.Module):
             shapes |= {"gate_b2": ((2, width), None), "gate_scale": ((1,), wide)}
         elif width:
             shapes["static_gates"] = ((2 * width,), wide)
+        if config.copy_pointer:
+            shapes |= pointer.parameter_shapes(d, size.head_dim)
         return shapes
 
     @torch.no_grad()
@@ -175,6 +177,8 @@ class SpeedrunModel(nn.Module):
             )
             self.mudd_b2[1, self.end_sources.index(BACKED_OUT)] = BACKOUT_START / MUDD_SCALE
         self._init_gates()
+        if self.config.copy_pointer:
+            pointer.init_weights(self, generator)
         if hasattr(self, "signs"):
             # On the CPU, so that they are the same on every device: no checkpoint holds them.
             drawn = torch.Generator().manual_seed(seed)

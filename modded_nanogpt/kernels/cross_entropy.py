@@ -7,6 +7,8 @@ softmax needs no maximum, and a row is read twice, the second time from the L2 c
 in the asymmetric form of record 54; several targets a row: records 53 and 88; 8-bit operands: records 51 and 67.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from modded_nanogpt.kernels.reference import cross_entropy as reference
 try:
     import triton
     import triton.language as tl
+
+    from modded_nanogpt.kernels.pointer_kernels import mixture
 except ImportError:
     triton = None
 
@@ -29,6 +33,20 @@ BLOCK, WARPS = (
     8192,
     16,
 )  # of a row, at a time: two rows a multiprocessor, so that all rows under way fit in L2
+
+
+class CopyRows(NamedTuple):
+    """What the copy pointer (`pointer_loss`) knows of each row, and where its gradients go. Float32 but for `place`."""
+
+    place: Tensor  # (1,) int64: where its slot is among the classes
+    copied: Tensor  # (L,): the pointer's mass on the next token
+    of_sink: Tensor  # (L,): and on its sink
+    d_copied: Tensor | None = None  # (L,): gradients of the loss itself
+    d_sink: Tensor | None = None
+
+    def part(self, rows: slice) -> "CopyRows":
+        """Those of some rows."""
+        return CopyRows(self.place, *(None if each is None else each[rows] for each in self[1:]))
 
 
 def head_loss(
@@ -87,7 +105,16 @@ def _head_loss(
     cap: float, shift: float, width: float, loss_scale: float, fp8: bool, rows_at_once: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, gradient of loss * loss_scale by x, by head), both in the dtype of what they belong to."""
-    tokens = x.shape[0]
+    aims = (targets, prefix_targets, mtp, prefix_weight)
+    return loss_and_gradients(x, head, aims, (cap, shift, width), loss_scale, fp8, rows_at_once)
+
+
+def loss_and_gradients(
+    x: Tensor, head: Tensor, aims: tuple[Tensor, Tensor | None, Tensor, Tensor], softcap: tuple[float, float, float],
+    loss_scale: float, fp8: bool, rows_at_once: int, copy: CopyRows | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the operator returns. aims: (targets, prefix_targets, mtp, prefix_weight)."""
+    tokens, (targets, prefix_targets, mtp, prefix_weight) = x.shape[0], aims
     losses = torch.empty(tokens, dtype=torch.float32, device=x.device)
     x_grads, head_grad = [], None
     products = _Fp8Products(x, head, loss_scale) if fp8 else _Products(x, head, loss_scale)
@@ -96,7 +123,7 @@ def _head_loss(
         logits = products.logits(rows)
         grad = logits if products.grad_dtype is None else torch.empty_like(logits, dtype=products.grad_dtype)
         _launch(
-            logits, losses[rows], (cap, shift, width), grad=grad, scale=products.grad_scale, start=start,
+            logits, losses[rows], softcap, grad=grad, scale=products.grad_scale, start=start, copy=copy,
             targets=targets, prefix_targets=prefix_targets, mtp=mtp, prefix_weight=prefix_weight,
         )  # fmt: skip
         del logits  # with 8-bit gradients: before the transposed copy is made
@@ -195,13 +222,21 @@ def _eval_losses(
     x: Tensor, head: Tensor, targets: Tensor, cap: float, shift: float, width: float,
     allowed: Tensor | None, previous: Tensor | None, rows_at_once: int,
 ) -> Tensor:  # fmt: skip
+    return losses_alone(x, head, targets, (cap, shift, width), allowed, previous, rows_at_once)
+
+
+def losses_alone(
+    x: Tensor, head: Tensor, targets: Tensor, softcap: tuple[float, float, float], allowed: Tensor | None,
+    previous: Tensor | None, rows_at_once: int, copy: CopyRows | None = None,
+) -> Tensor:  # fmt: skip
+    """What the operator returns."""
     losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     for start in range(0, x.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
         before = None if allowed is None else previous[rows]
         _launch(
-            x[rows] @ head.T, losses[rows], (cap, shift, width),
-            targets=targets[rows], allowed=allowed, previous=before,
+            x[rows] @ head.T, losses[rows], softcap, targets=targets[rows], allowed=allowed, previous=before,
+            copy=None if copy is None else copy.part(rows),
         )  # fmt: skip
     return losses
 
@@ -224,10 +259,11 @@ def _launch(
     scale: float = 1.0,
     allowed: Tensor | None = None,
     previous: Tensor | None = None,
+    copy: CopyRows | None = None,
 ) -> None:
     """Fill `losses` (R,), and `grad` (R, V) with `scale` x their gradient by z (R, V), which `grad` may overwrite.
 
-    The rows are tokens start, start + 1, ... of `targets`. Without `grad` the exponentials are exact.
+    The rows are tokens start, start + 1, ... of `targets` and `copy`. Without `grad` the exponentials are exact.
     """
     rows, vocabulary = z.shape
     block = min(BLOCK, triton.next_power_of_2(vocabulary))
@@ -235,6 +271,7 @@ def _launch(
     with on_device_of(z):
         _row_kernel[(rows,)](
             z, grad, losses, targets, prefix_targets, mtp, prefix_weight, allowed, previous,
+            *(copy or (None,) * len(CopyRows._fields)),
             start, targets.shape[0], 1 if mtp is None else mtp.shape[0], *softcap, scale,
             V=vocabulary, WHOLE=whole, BLOCK=block, TAIL=triton.next_power_of_2(max(1, vocabulary - whole)),
             BYTES=0 if allowed is None else allowed.shape[1], FAST=z.is_cuda and grad is not None,
@@ -302,6 +339,7 @@ if triton is not None:
     @triton.jit
     def _row_kernel(
         z, grad, losses, targets, prefix, mtp, prefix_weight, allowed, previous,
+        slot, copied, of_sink, d_copied, d_sink,
         start, tokens, ahead, cap, shift, width, scale,
         V: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
         BYTES: tl.constexpr, FAST: tl.constexpr,
@@ -323,9 +361,24 @@ if triton is not None:
         total = tl.sum(sums, axis=0)
         if WHOLE < V:
             total += tl.sum(_shares(z, rest, bits, cap, shift, slope, V, True, FAST, AGAIN)[0], axis=0)
+        if slot is not None:
+            slot_place = tl.load(slot)
+            slot_t = _tanh((tl.load(z + slot_place).to(tl.float32) + shift) * slope, FAST)
+            slot_share = _share(slot_t, cap)
+            if bits is not None:  # which do not forbid to copy
+                total += tl.where(_may_follow(bits, slot_place, True), 0.0, slot_share)
         log_p = 0.5 * cap * (target_t - 1.0) - tl.log(total)
         if bits is not None:
             log_p = tl.where(_may_follow(bits, target, target >= 0), log_p, -float("inf"))
+        if slot is not None:
+            k = tl.arange(0, 4)
+            copy_p, sink_p = tl.load(copied + start + row), tl.load(of_sink + start + row)
+            next_p = tl.sum(tl.where(k == 0, tl.exp(log_p), 0.0), axis=0)
+            next_weight = tl.sum(tl.where(k == 0, weight, 0.0), axis=0)
+            log_next, rest_total, of_all, of_next, of_slot, of_copied, at_sink = mixture(
+                next_p, next_weight, slot_share, total, copy_p, sink_p
+            )
+            log_p = tl.where(k == 0, log_next, log_p)
         tl.store(losses + row, -tl.sum(tl.where(target >= 0, weight * log_p, 0.0), axis=0))
 
         if grad is not None:
@@ -333,7 +386,15 @@ if triton is not None:
             all_weight = tl.sum(weight, axis=0)
             # d logit / d z = A / C sigmoid (1 - sigmoid) = A / 4C (1 - t^2)
             steepness = 0.25 * cap / width * scale
-            factor = all_weight / total * steepness
+            if slot is not None:  # the next token's term has another weight, and its own sum of shares
+                others = all_weight - next_weight
+                per_share = others / total + of_all / rest_total
+                weight = tl.where(k == 0, of_next, weight)
+                factor = per_share * steepness
+                tl.store(d_copied + start + row, of_copied)
+                tl.store(d_sink + start + row, at_sink)
+            else:
+                factor = all_weight / total * steepness
             for first in tl.range(0, WHOLE, BLOCK):
                 share, t = _shares(z, first + place, bits, cap, shift, slope, V, False, FAST, False)
                 value = share * (factor - factor * t * t)
@@ -344,7 +405,13 @@ if triton is not None:
                 tl.store(grad + rest, value.to(grad.dtype.element_ty), mask=rest < V)
             # The targets' own places again. Equal targets store equal values: all their weights count in each.
             together = tl.where(target[:, None] == target[None, :], weight[None, :], 0.0)
-            value = all_weight * _share(target_t, cap) / total - tl.sum(together, axis=1)
+            if slot is not None:
+                value = per_share * _share(target_t, cap) - tl.sum(together, axis=1)
+            else:
+                value = all_weight * _share(target_t, cap) / total - tl.sum(together, axis=1)
             value *= steepness * (1.0 - target_t * target_t)
             tl.debug_barrier()  # other threads have stored there
             tl.store(grad + target, value.to(grad.dtype.element_ty), mask=target >= 0)
+            if slot is not None:
+                value = (others * slot_share / total + of_slot) * (steepness * (1.0 - slot_t * slot_t))
+                tl.store(grad + slot_place, value.to(grad.dtype.element_ty))

@@ -64,6 +64,9 @@ _TABLE = {
     "static_gates": Row("whole", lr=0.1),
     "copy_scales": Row("whole", lr=5.0),
     "copy_embeds": Row("whole"),
+    "pointer_qk": Row("whole", lr=0.25),
+    "pointer_sink": Row("whole", lr=0.25),
+    "pointer_gain": Row("whole"),
 }
 
 # The medium track's Adam has other betas on its tables, a larger epsilon, and a base rate half as large, of which its

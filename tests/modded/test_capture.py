@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,16 +30,18 @@ class Repeater(Recorder):
         return launch, results
 
 
-def sampled(batch: Batch, plan: schedule.StepPlan) -> Batch:
-    """The lane with as many classes as `plan` says."""
+def sampled(batch: Batch, plan: schedule.StepPlan, slots: int) -> Batch:
+    """The lane with as many classes as `plan` says, and so many slots among them."""
     if not plan.classes:
         return batch
-    chosen = candidates.candidates(batch.targets.numpy(), plan.classes, VOCAB, 3)
+    wanted = np.append(batch.targets.numpy(), np.arange(VOCAB, VOCAB + slots))
+    chosen = candidates.candidates(wanted, plan.classes, VOCAB + slots, 3)
     return dataclasses.replace(batch, candidates=torch.from_numpy(chosen))
 
 
 def three_steps(state: lanes.State, ranks: Ranks, plans: list[schedule.StepPlan]) -> tuple[list, dict]:
     """(losses, weights after them) of two lanes a step, from fresh weights."""
+    config = state.model.config
     state.model.init_weights(7)
     state.optimizer.reset()
     generator = torch.Generator(ranks.device).manual_seed(8)
@@ -49,7 +52,7 @@ def three_steps(state: lanes.State, ranks: Ranks, plans: list[schedule.StepPlan]
     losses = []
     for number, plan in enumerate(plans):
         for place in range(2):
-            batch = sampled(lane(2 * number + place), plan).to(ranks.device)
+            batch = sampled(lane(2 * number + place), plan, int(config.copy_pointer)).to(ranks.device)
             losses.append(lanes.train_lane(state, ranks, batch, plan).item())
         state.optimizer.step(plan)
     weights = {name: weights.detach().clone() for name, weights in state.model.named_parameters()}
@@ -72,7 +75,9 @@ def compare(device: str, recorder: type[Recorder], tolerance: float, *flags: str
     losses, weights = three_steps(state, ranks, plans)
     made = recorder(ranks.device, partial(lanes.lasting_tensors, state))
     for plan in plans:
-        lanes.record_lane(state, made, ranks, sampled(lane(9), plan).to(ranks.device), plan)
+        lanes.record_lane(
+            state, made, ranks, sampled(lane(9), plan, int(config.copy_pointer)).to(ranks.device), plan
+        )
     made.seal()
     state.recorder = made
     replayed, found = three_steps(state, ranks, plans)
@@ -82,14 +87,16 @@ def compare(device: str, recorder: type[Recorder], tolerance: float, *flags: str
         torch.testing.assert_close(found[name], expected, rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("flags", [(), ("--copy_input=true",)])
+@pytest.mark.parametrize("flags", [(), ("--copy_input=true",), ("--copy_pointer=true",)])
 def test_replayed_lanes_train_as_called_ones(flags):
     torch.set_num_threads(1)
     compare("cpu", Repeater, 1e-6, *flags)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", [("false",), ("true",), ("true", "--copy_input=true")])
+@pytest.mark.parametrize(
+    "flags", [("false",), ("true",), ("true", "--copy_input=true"), ("true", "--copy_pointer=true")]
+)
 def test_graphs_train_as_calls_on_a_gpu(flags):
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA driver on this machine")

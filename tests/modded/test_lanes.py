@@ -23,6 +23,7 @@ ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 PRESET = {
     "tiny": ["tiny"],
+    "tiny_pointer": ["tiny", "--copy_pointer=true"],
     "tiny_record89": ["record89", "--recipe=tiny_record89"],
     "tiny_snapshot": ["snapshot", "--recipe=tiny_snapshot"],
     "tiny_medium": ["medium", "--recipe=tiny_medium"],
@@ -77,7 +78,7 @@ def gradients(
 
 # The other two differ from these in few lines, which `test_speedrun_model` and `test_model_snapshot` go through.
 PARAMS = [
-    pytest.param(name, marks=() if name in ("tiny", "tiny_medium") else pytest.mark.campaign)
+    pytest.param(name, marks=() if name in ("tiny", "tiny_pointer", "tiny_medium") else pytest.mark.campaign)
     for name in PRESET
 ]
 

@@ -36,8 +36,7 @@ def test_the_records_numbers():
     off = {field.name for field in dataclasses.fields(config) if field.type is bool and not field.default}
     assert off == {
         "auto_resume", "overwrite", "check", "attention_at_6", "dc", "canonical", "wandb_log", "deterministic",
-        "fp8_qkv", "smoke", "new_source", "save_table", "normalised_grams",
-        "copy_input",
+        "fp8_qkv", "smoke", "new_source", "save_table", "normalised_grams", "copy_input", "copy_pointer",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(config)} >= FREE
 

@@ -51,11 +51,11 @@ def test_a_run_continues_what_it_has_learned(trained, monkeypatch, capfd):
     assert first[19:27] == "defghijk"  # the alphabet is all that there was to learn
 
 
-@pytest.mark.parametrize("copies", [False, True])
-def test_logits_are_those_of_the_validation(copies):
+@pytest.mark.parametrize("flag", [None, "copy_input", "copy_pointer"])
+def test_logits_are_those_of_the_validation(flag):
     config = Config(
         recipe="tiny", vocab_size=512, prefix=False, sampled_softmax=False, device="cpu", compile="false",
-        copy_input=copies,
+        **({flag: True} if flag else {}),
     )  # fmt: skip
     state = setup.build(config, Ranks(0, 0, 1, torch.device("cpu")), compile_with="eager")
     setup._randomize(state, 1)

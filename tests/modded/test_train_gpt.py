@@ -261,6 +261,7 @@ def test_a_loss_that_is_no_number_stops_the_run(fork, tmp_path):
         (["--xsaa=false"], "did you mean '--xsa'"),
         (["--half_rope=false"], "--key_offset=false"),
         (["--recipe=medium"], "--recipe=medium"),
+        (["snapshot", "--copy_pointer=true"], "--recipe=snapshot has no place for it; --copy_pointer=false"),
         (["--overwrite=true", "--auto_resume=true"], "keep one"),
     ],
 )  # fmt: skip

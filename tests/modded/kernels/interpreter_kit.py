@@ -23,6 +23,7 @@ FILES = (
     "fp8",
     "linear",
     "mlp",
+    "pointer",
     "row_table",
     "symmetric_matmul",
 )

@@ -35,6 +35,10 @@ def test_table_gradients_are_measured_where_the_plain_twin_runs_too(no_gpu_neede
     monkeypatch.setattr(speedrun_kernels, "GRAM_ROWS", 640)
     rows = speedrun_kernels.table_rows(speedrun_kernels.gram_cases, 32, torch.device("cpu"), None, rounds=1)
     assert len(rows) == 9 and not any(row["faults"] for row in rows)
+    rows = speedrun_kernels.table_rows(
+        speedrun_kernels.pointer_cases, 32, torch.device("cpu"), None, rounds=1
+    )
+    assert len(rows) == 3 and not any(row["faults"] for row in rows)
 
 
 def test_a_backend_that_fails_leaves_the_others(no_gpu_needed, monkeypatch, capsys):

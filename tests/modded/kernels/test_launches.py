@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # By capability: multiprocessors, and the bytes of shared memory that one program may have.
 GPUS = {80: (108, 166_912), 89: (142, 101_376), 90: (132, 232_448), 120: (188, 101_376)}
 # All but those of FP8 on an A100, and but the MLP's before Hopper.
-KERNELS = {80: 13, 89: 15, 90: 16, 120: 16}
+KERNELS = {80: 16, 89: 18, 90: 19, 120: 19}
 COMPOSITION = 4  # kernels, which only `make faults` compiles
 SPILLED = 1024  # bytes a thread; the least that was ever seen to matter is 6,000
 NO_PRODUCTS = {
@@ -138,6 +138,27 @@ def head(fp8: bool, everything: bool) -> None:
     kernels._eval_losses._init_fn(x, weight, targets, 23.0, 5.0, 7.5, allowed, targets.int(), 64)
 
 
+def pointer(fp8: bool, everything: bool) -> None:
+    """The copy pointer's masses and their gradients, and the head's loss with it; validation with its mask."""
+    from modded_nanogpt.kernels import pointer as kernels
+    from modded_nanogpt.kernels import pointer_loss
+
+    for tokens, width in ((4096, 128), (198, 96))[: 2 if everything else 1]:
+        q, k, sink = on_gpu(tokens, width), on_gpu(tokens, width), on_gpu(tokens, dtype=torch.float32)
+        ids, targets = on_gpu(tokens, dtype=torch.int32), on_gpu(tokens, dtype=torch.int64)
+        masses = kernels._copy_shares._init_fn(q, k, sink, ids, targets, ids, ids, 2048)
+        kernels._copy_shares_backward._init_fn(sink, sink, q, k, ids, targets, ids, ids, *masses, 2048)
+    x, weight, mass = on_gpu(64, 768), on_gpu(50_304, 768), on_gpu(64, dtype=torch.float32)
+    targets, one = on_gpu(64, dtype=torch.int64), on_gpu(1, dtype=torch.float32)
+    place, mtp = on_gpu(1, dtype=torch.int64), on_gpu(3, dtype=torch.float32)
+    aims = (targets, targets, mtp, one)
+    pointer_loss._head_loss._init_fn(x, weight, mass, mass, place, *aims, 23.0, 5.0, 7.5, 0.125, fp8, 65_536)
+    allowed = on_gpu(50_304, 6288, dtype=torch.uint8)
+    for mask in (allowed, None)[: 2 if everything else 1]:
+        given = (x, weight, place, mass, mass, targets, 23.0, 5.0, 7.5, mask, targets.int(), 64)
+        pointer_loss._eval_losses._init_fn(*given)
+
+
 def mlp(kind: str) -> None:
     """Forward and backward; 8 bits in the forward pass, or in both."""
     from modded_nanogpt.kernels import mlp as kernels
@@ -196,6 +217,7 @@ def main(capability: int, everything: bool) -> None:
         attention(198, 1, 96, 128, plans, composition=False)  # not even, and dimensions that fill no tile
     if everything or capability < 89:
         head(False, everything)
+    pointer(capability >= 89, everything)
     others(everything)
     if capability >= 89:
         head(True, everything)

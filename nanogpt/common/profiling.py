@@ -17,6 +17,7 @@ KINDS = (
     ("Muon's symmetric products", ("gram", "symmetric")),
     ("optimizer", ("adam", "multi_tensor", "lpnorm", "foreach")),
     ("table of n-grams", ("look_up_kernel", "update_rows", "sum_entries")),
+    ("copy pointer", ("shares_kernel", "shares_query_kernel", "shares_key_kernel")),
     ("rows gathered and scattered", ("add_rows", "sort", "radix", "index")),
     ("8-bit copies", ("quantise", "transpose")),
     (

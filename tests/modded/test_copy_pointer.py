@@ -1,6 +1,6 @@
 """The copy pointer in the trainer: what it reads, which classes are scored, that it copies, and resumes exactly.
 
-Its kernels and losses are in `kernels/test_pointer_kernels`; a lane of it as a graph in `test_lanes`, `test_capture`.
+Its kernels and losses are in `kernels/test_pointer`; a lane of it as a graph in `test_lanes`, `test_capture`.
 """
 
 import dataclasses

@@ -9,6 +9,8 @@ import pytest
 
 from nanogpt.common.errors import UserError
 from tools.launch.book import new_launch
+from tools.leaderboard import corrections
+from tools.leaderboard.board import Board
 from tools.site import estimate, ladder
 from tools.site.cluster import Cluster
 from tools.site.estimate import past, too_short
@@ -134,8 +136,8 @@ def test_a_time_comes_from_a_scripts_run_and_from_the_labs_board(home, monkeypat
     a_record(board, "a" * 16, "2026-01-02", 900.0, "Ada")
     a_record(board, "b" * 16, "2026-03-04", 600.0, "Bob")
     a_record(board, "c" * 16, "2026-05-06", 300.0, "taken back")
-    (home / "board" / "retracted").mkdir()
-    (home / "board" / "retracted" / f"{'c' * 16}.json").touch()
+    corrections.write(Board(home / "board", "", {}), "c" * 16, "another run's log")
+    corrections.write(Board(home / "board", "", {}), "b" * 16, "a slip", "in other words: it stays")
     said = past(home, "speedrun", 8)
     assert said.startswith("no run of it has finished here; the lab's newest record (Bob, 2026-03-04)"), said
     assert said.endswith(" trained for 10 min on 8 x NVIDIA H100"), said

@@ -33,6 +33,11 @@ class Correction:
     at: datetime.datetime
     description: str = ""
 
+    @property
+    def withdraws(self) -> bool:
+        """Whether the record is gone from the board."""
+        return not self.description
+
 
 def write(board: Board, name: str, reason: str, description: str = "") -> Path:
     """Withdraw a record, or give it another description. UserError: no such record, or not yours."""

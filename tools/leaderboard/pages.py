@@ -176,7 +176,7 @@ def _rows(board: Board) -> tuple[list[Row], list[tuple[str, str]], list[Withdraw
                 left_out.append((path.name, f"malformed: {str(verdict).partition(': ')[2]}"))
             elif not verdict.accepted:
                 left_out.append((path.name, f"refused: {verdict.problems[0][1]}"))
-            elif (mended := said.get(verdict.record.id)) and not mended.description:
+            elif (mended := said.get(verdict.record.id)) and mended.withdraws:
                 who = ", ".join(verdict.record.contributors)
                 withdrawn.append(
                     Withdrawn(

@@ -100,15 +100,16 @@ def of_the_lab(preset: str) -> "Record | None":
     folder = os.environ.get("ENGAGING_BOARD", "")
     if preset not in TRACKS or not folder:
         return None
+    from tools.leaderboard import corrections
     from tools.leaderboard.board import Board
     from tools.leaderboard.submission import Record
 
-    place, found = Path(folder), None
-    with contextlib.suppress(
-        OSError, CommandError
-    ):  # a board that cannot be read says so in its own commands
-        for path, record in Board(place, "", {}).read_records():
-            gone = (place / "retracted" / path.name).exists()
+    board, found = Board(Path(folder), "", {}), None
+    # A board that cannot be read says so in its own commands.
+    with contextlib.suppress(OSError, CommandError):
+        said = corrections.read(board)
+        for path, record in board.read_records():
+            gone = path.stem in said and said[path.stem].withdraws
             if isinstance(record, Record) and record.track == TRACKS[preset] and not gone:
                 found = record
     return found

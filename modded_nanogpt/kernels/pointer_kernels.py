@@ -17,6 +17,20 @@ def _first_key(doc_start, place, block, T):
 
 
 @triton.jit
+def _keys_of(doc_start, first, rows, block, T, ROWS: tl.constexpr):
+    """(first key of each of ROWS queries, the least and the greatest of those, the last query)."""
+    last = tl.minimum(first + ROWS, T) - 1
+    low, lowest = _first_key(doc_start, rows, block, T), _first_key(doc_start, first, block, T)
+    return low, lowest, _first_key(doc_start, last, block, T), last
+
+
+@triton.jit
+def _seen(step, start, low, rows):
+    """(rows, keys): which keys from `start` on each query sees."""
+    return (step[None, :] >= (low - start)[:, None]) & (step[None, :] < (rows - start)[:, None])
+
+
+@triton.jit
 def _last_query(doc_end, place, block, T):
     return tl.minimum(tl.load(doc_end + place, mask=place < T, other=0), (place // block + 2) * block) - 1
 
@@ -31,16 +45,14 @@ def shares_kernel(
     rows, step = first + tl.arange(0, ROWS), tl.arange(0, STEP)
     queries = load_rows(q, first, q_row, T, ROWS, D, WIDTH, EVEN)
     target = tl.load(targets + rows, mask=rows < T, other=-1).to(tl.int32)
-    last = tl.minimum(first + ROWS, T) - 1
-    low, lowest = _first_key(doc_start, rows, block, T), _first_key(doc_start, first, block, T)
-    highest = _first_key(doc_start, last, block, T)
+    low, lowest, highest, last = _keys_of(doc_start, first, rows, block, T, ROWS)
     sink_score = tl.load(sink + rows, mask=rows < T, other=0.0) * LOG2_E
     top, total = sink_score, tl.full((ROWS,), 1.0, tl.float32)
     found = tl.zeros((ROWS,), tl.float32)
     for start in range(lowest // STEP * STEP, last, STEP):
         scores = tl.dot(queries, tl.trans(load_rows(k, start, k_row, T, STEP, D, WIDTH, EVEN)))
         if (start < highest) | (start + STEP > first):
-            seen = (step[None, :] >= (low - start)[:, None]) & (step[None, :] < (rows - start)[:, None])
+            seen = _seen(step, start, low, rows)
             scores = tl.where(seen, scores, MASKED)
         token = tl.load(tokens + start + step, mask=start + step < T, other=-2)
         new_top = tl.maximum(top, tl.max(scores, 1) * LOG2_E)
@@ -64,9 +76,7 @@ def shares_query_kernel(
     rows, step = first + tl.arange(0, ROWS), tl.arange(0, STEP)
     queries = load_rows(q, first, q_row, T, ROWS, D, WIDTH, EVEN)
     target = tl.load(targets + rows, mask=rows < T, other=-1).to(tl.int32)
-    last = tl.minimum(first + ROWS, T) - 1
-    low, lowest = _first_key(doc_start, rows, block, T), _first_key(doc_start, first, block, T)
-    highest = _first_key(doc_start, last, block, T)
+    low, lowest, highest, last = _keys_of(doc_start, first, rows, block, T, ROWS)
     log_total = tl.load(lse + rows, mask=rows < T, other=0.0)
     gain = tl.load(d_copied + rows, mask=rows < T, other=0.0)
     mean = tl.load(delta + rows, mask=rows < T, other=0.0)
@@ -76,7 +86,7 @@ def shares_query_kernel(
         token = tl.load(tokens + start + step, mask=start + step < T, other=-2)
         p = tl.exp2(tl.fma(tl.dot(queries, tl.trans(keys)), LOG2_E, -log_total[:, None]))
         if (start < highest) | (start + STEP > first):
-            seen = (step[None, :] >= (low - start)[:, None]) & (step[None, :] < (rows - start)[:, None])
+            seen = _seen(step, start, low, rows)
             p = tl.where(seen, p, 0.0)
         ds = p * (tl.where(token[None, :] == target[:, None], gain[:, None], 0.0) - mean[:, None])
         sums = tl.dot(ds.to(keys.dtype), keys, sums)

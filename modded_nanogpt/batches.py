@@ -292,7 +292,7 @@ class _Packer:
         self.classes = None  # of each token, where something goes by them
         if (self.table_rows and self.by_class) or (self.copies and not config.vocab_size):
             self.classes = gpt2_classes(data_root(config.data_root), size.padded_vocab)
-        self.slot = np.array([size.vocab] if config.copy_pointer else [], np.int64)  # scored like a target
+        self.slot = size.vocab if config.copy_pointer else None  # scored like a target
 
     def pack(
         self,
@@ -327,15 +327,15 @@ class _Packer:
             token_runs=self._runs(inputs),
             bigram_runs=None if bigrams is None else self._runs(bigrams),
             max_document=min(max_document, length),
-            candidates=self._tensor(
-                candidates(np.append(tokens[1:], self.slot), sampled[0], self.vocabulary, sampled[1]),
-                torch.int64,
-            )
-            if sampled[0]
-            else None,
+            candidates=self._candidates(tokens[1:], *sampled) if sampled[0] else None,
             **self._grams(inputs),
             copy_ids=self._copy_ids(inputs, lengths) if self.copies else None,
         )
+
+    def _candidates(self, targets: np.ndarray, classes: int, turn: int) -> Tensor:
+        """`Batch.candidates`: the targets, the copy pointer's slot, and the classes whose turn it is."""
+        wanted = targets if self.slot is None else np.append(targets, np.int64(self.slot))
+        return self._tensor(candidates(wanted, classes, self.vocabulary, turn), torch.int64)
 
     def _grams(self, inputs: np.ndarray) -> dict[str, Tensor]:
         """The fields of a batch about the table of n-grams."""

@@ -156,28 +156,19 @@ def run_all(options: Options, variables: dict[str, str]) -> list[dict[str, float
 
 def print_ablations(options: Options, base: list[dict[str, float]], variables: dict[str, str]) -> list[str]:
     """For each flag of `--leave_out` a line with what it changes, by the means of all seeds; what failed."""
-    failures = []
+    failures, usual = [], means(base)
     for flag in options.leave_out.split():
         place = Path(options.out_dir) / "without" / flag.replace("=", "-")
         tried = replace(options, flags=f"{options.flags} --{flag}", out_dir=str(place))
         try:
-            runs = run_all(tried, variables)
+            found = means(run_all(tried, variables))
         except CommandError as error:
             failures.append(f"--{flag}: {error}")
             print(failures[-1], flush=True)
             continue
-        changes = [
-            (
-                name,
-                statistics.mean(run[name] for run in runs) - statistics.mean(run[name] for run in base),
-                digits,
-            )
-            for name, digits in (("loss", 4), ("seconds", 2), ("GiB", 1))
-        ]
-        print(
-            f"--{flag}: " + ", ".join(f"{name} {change:+.{digits}f}" for name, change, digits in changes),
-            flush=True,
-        )
+        shown = (("loss", 4), ("seconds", 2), ("GiB", 1))
+        changes = [f"{name} {found[name] - usual[name]:+.{digits}f}" for name, digits in shown]
+        print(f"--{flag}: {', '.join(changes)}", flush=True)
     return failures
 
 
@@ -241,12 +232,16 @@ def main(argv: list[str]) -> None:
         plot(options)
 
 
+def means(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Of each number, over the runs that have it."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    return {name: statistics.mean(run[name] for run in runs if name in run) for name in names}
+
+
 def print_table(options: Options, runs: list[dict[str, float]]) -> None:
     """The runs' means beside the record code's figures."""
-    names = dict.fromkeys(name for run in runs for name in run)
-    mean = {name: statistics.mean(run[name] for run in runs if name in run) for name in names}
     print(f"\n{'':20} {'ours':>12} {'record':>10} {'ratio':>7}")
-    for name, value in mean.items():
+    for name, value in means(runs).items():
         theirs = RECORD.get(name)
         beside = f"{theirs:10.4f} {value / theirs:7.3f}" if theirs else ""
         print(f"{name:20} {value:12,.4f} {beside}".rstrip(), flush=True)

@@ -20,18 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LENGTHS = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    8,
-    12,
-    16,
-    24,
-    32,
-)  # each is the sum of one or two that come before: its halves, rounded
+# Each is the sum of one or two that come before: its halves, rounded.
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 COUNTS = 3  # occurrences that are told apart: one, two, more
 BUCKETS = 1 + COUNTS * len(LENGTHS)  # the first is for tokens without a candidate
 ID_BITS = 16  # of a token or class within an id; the document's number stands above

@@ -154,9 +154,8 @@ def check_targets(plan: DataPlan, token_set: TokenSet, config: Config) -> None:
             for lane in range(lanes if classes else 0):
                 pieces = zip(*plan.pieces(step, lane, size, stage.max_document), strict=True)
                 lane_tokens = np.concatenate([tokens[at : at + length] for at, length in pieces])
-                found = (
-                    np.count_nonzero(np.bincount(lane_tokens)) + config.copy_pointer
-                )  # whose slot is scored too
+                # The copy pointer's slot is scored too.
+                found = np.count_nonzero(np.bincount(lane_tokens)) + config.copy_pointer
                 if found > classes:
                     raise UserError(
                         f"--sampled_softmax=true: {token_set.folder}: a lane of step {step} has {found:,} different "

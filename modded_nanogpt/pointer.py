@@ -80,6 +80,6 @@ def mixed(
     mass, of_sink = reference.copied_tokens(
         found.q[place], found.k[:place], found.sink[place : place + 1], inputs[:place], low, logits.numel()
     )
-    probabilities = reference.mixed(log_p, log_p[slot], mass.float(), of_sink.float())
-    probabilities[slot] = -torch.inf
-    return probabilities
+    log_mixed = reference.mixed(log_p, log_p[slot], mass.float(), of_sink.float())
+    log_mixed[slot] = -torch.inf
+    return log_mixed

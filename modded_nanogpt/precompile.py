@@ -91,9 +91,9 @@ class Ahead:
 
     def wait(self, graph: Graph) -> None:
         """Return when nobody compiles `graph` any more."""
-        process, output = self.running.pop(graph, (None, None))
-        if process is None or output is None:
+        if graph not in self.running:
             return
+        process, output = self.running.pop(graph)
         while _done(graph) not in (said := _read(output)):
             if process.poll() is not None and said == _read(output):
                 last = (said.strip().splitlines() or [f"status {process.returncode}"])[-1]

@@ -25,13 +25,17 @@ def describe(config: Config, plan: Plan, state: State, ranks: Ranks) -> list[str
         ("Q, K and V", state.model.fp8_qkv),
     ]
     in_fp8 = [name for name, on in parts if on]
-    deciding = [field for field in dataclasses.fields(config) if field.name not in FREE]
+    as_recorded = {
+        "table_rows": layer_plan.table_rows(config) == layer_plan.SIZES[config.recipe].table_rows,
+        "lanes": plan.lanes == LANES,
+    }  # whatever number stands for it
+    deciding = [
+        field
+        for field in dataclasses.fields(config)
+        if field.name not in FREE and not as_recorded.get(field.name)
+    ]
     changed = [f"{field.name}={getattr(config, field.name)}" for field in deciding
                if getattr(config, field.name) != field.default]  # fmt: skip
-    if layer_plan.table_rows(config) == layer_plan.SIZES[config.recipe].table_rows:
-        changed = [text for text in changed if not text.startswith("table_rows=")]
-    if plan.lanes == LANES:
-        changed = [text for text in changed if not text.startswith("lanes=")]
     return [
         plan.describe(config),
         *table_plan.describe(config, ranks.world_size, state.model.head.element_size()),

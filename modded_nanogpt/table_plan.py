@@ -21,7 +21,7 @@ CPU_ROWS = 65_536  # what `auto` takes where there is no GPU, of the record's ta
 # large as the record's. An H200 had 21.3 GiB of tensors at once besides the table, and 10 more in pieces and contexts.
 OTHER_GIB, LANES_GIB = 9.0, 25.0
 MOST_OTHERS = 0.6  # of the memory that may go to what is not the table before lanes are made smaller
-SMALLER_LANES = (LANES, 2 * LANES, 4 * LANES)  # that `--lanes=0` chooses from
+LANE_COUNTS = (LANES, 2 * LANES, 4 * LANES)  # that `--lanes=0` chooses from
 KEPT_BACK = 0.04  # of the memory: the driver's, and pieces too small to use
 SAVED_ROWS = 2_000_000  # of a table that checkpoints hold without --save_table
 
@@ -65,8 +65,8 @@ def _most_rows(config: Config, world_size: int, memory: int | None) -> int:
 
 def _fewest_lanes(memory: int) -> int:
     """What `--lanes=0` takes: the record's eight, or more and smaller ones where those would leave no room."""
-    fits = [lanes for lanes in SMALLER_LANES if _others_gib(lanes) * 2**30 <= MOST_OTHERS * memory]
-    return (fits or SMALLER_LANES[-1:])[0]
+    fits = (lanes for lanes in LANE_COUNTS if _others_gib(lanes) * 2**30 <= MOST_OTHERS * memory)
+    return next(fits, LANE_COUNTS[-1])
 
 
 def _others_gib(lanes: int) -> float:

@@ -146,9 +146,9 @@ def threads(folder: Path, passed_on: list[str], idle: Callable[[], float]) -> li
     chosen = any(word.startswith(("--num_threads", "--device")) for word in passed_on)
     if chosen or has_nvidia_driver():
         return []
-    if rundir.holds_run(folder) and not (is_finished(folder) and (folder / PNG_NAME).exists()):
+    if rundir.holds_run(folder) and not is_complete(folder):
         with contextlib.suppress(UserError, KeyError, IndexError, TypeError):
-            words = rundir.read_json(folder / "environment.json")["attempts"][0]["argv"]
+            words = first_attempt(folder)["argv"]
             return [word for word in words if word.startswith("--num_threads=")]
     free = min(usable_cores(), idle())
     if free >= ENOUGH_CORES:
@@ -177,8 +177,7 @@ def why_anew(folder: Path, argv: list[str], data_root: str) -> str:
     """What makes the run in `folder` useless for `argv`, in a few words; "" when it can be continued."""
     try:
         stored = rundir.read_json(folder / "config.json")
-        attempts = rundir.read_json(folder / "environment.json")["attempts"]
-        first = attempts[0]
+        first = first_attempt(folder)
         if stored.get("source_sha256") != source.digest(source.collect(ROOT, TRAINED_FOLDERS)):
             return "a run of other code"
         if [word for word in first["argv"] if not word.startswith("--overwrite=")] != argv:
@@ -189,7 +188,12 @@ def why_anew(folder: Path, argv: list[str], data_root: str) -> str:
         return "a run that cannot be read"
     if stored.get("data") != _fingerprint(str(stored["config"]["dataset"]), data_root):
         return "a run on other data"
-    return "a complete run" if is_finished(folder) and (folder / PNG_NAME).exists() else ""
+    return "a complete run" if is_complete(folder) else ""
+
+
+def first_attempt(folder: Path) -> dict:
+    """What a run's first attempt has recorded of itself. UserError, KeyError, IndexError, TypeError for no run."""
+    return rundir.read_json(folder / "environment.json")["attempts"][0]
 
 
 def _fingerprint(dataset: str, root: str) -> str:
@@ -204,6 +208,11 @@ def _fingerprint(dataset: str, root: str) -> str:
 def is_finished(folder: Path) -> bool:
     """Whether the run came to its end."""
     return read_run(folder).status == "finished"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether it did, and has its report."""
+    return is_finished(folder) and (folder / PNG_NAME).exists()
 
 
 def forget_stop_request(folder: Path) -> None:

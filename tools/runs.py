@@ -85,7 +85,7 @@ class Run:
     def step(self) -> int | None:
         """The last step that was written down."""
         steps = [points[-1].step for points in (self.train, self.val) if points]
-        steps += [event["step"] for event in self.events if _is_int(event.get("step"))]
+        steps += [event["step"] for event in self.events if is_int(event.get("step"))]
         return max(steps) if steps else None
 
     @property
@@ -100,9 +100,9 @@ class Run:
         plan = self.config.get("plan")
         values = {**self.settings, **(plan if isinstance(plan, dict) else {})}
         for key in ("total_steps", "max_iters", "num_iterations"):
-            if _is_int(values.get(key)):
+            if is_int(values.get(key)):
                 return values[key]
-        return next((e["max_iters"] for e in reversed(self.events) if _is_int(e.get("max_iters"))), None)
+        return next((e["max_iters"] for e in reversed(self.events) if is_int(e.get("max_iters"))), None)
 
     @property
     def loss(self) -> float | None:
@@ -270,10 +270,10 @@ def note_of(folder: Path) -> str:
 
 def _point(record: dict) -> TrainPoint | ValPoint | None:
     step = record.get("step")
-    if not _is_int(step) or step < 0:
+    if not is_int(step) or step < 0:
         return None
-    tokens = record["tokens"] if _is_int(record.get("tokens")) else None
-    attempt = record["attempt"] if _is_int(record.get("attempt")) else None
+    tokens = record["tokens"] if is_int(record.get("tokens")) else None
+    attempt = record["attempt"] if is_int(record.get("attempt")) else None
     if record.get("event") == "train" and (loss := _number(record.get("loss"))) is not None:
         rest = {key: _number(record.get(key)) for key in ("ms", "tokens_per_s", "mfu", "lr", "grad_norm")}
         return TrainPoint(step, loss, tokens=tokens, attempt=attempt, **rest)
@@ -297,7 +297,7 @@ def _read_json(path: Path) -> dict:
         return {}
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -45,9 +45,7 @@ def _copy_shares(
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(copied, of the sink, log2 of the sums of exponentials), each (T,) float32."""
-    if not uses_kernels(
-        q
-    ):  # the twin as it is in a compiled graph, the validation's: without a backward pass
+    if not uses_kernels(q):  # in a compiled graph on a CPU, the validation's: it has no backward pass
         return *reference.copy_shares(q, k, sink, tokens, targets, doc_start, block), torch.empty_like(sink)
     from modded_nanogpt.kernels.pointer_kernels import shares_kernel
 

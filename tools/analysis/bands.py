@@ -10,7 +10,7 @@ import numpy as np
 
 from tools.analysis.curves import Curve
 from tools.analysis.records import Group
-from tools.runs import metrics
+from tools.runs import is_int, metrics
 
 POINTS = 240  # of a band: more than a picture shows
 FEW = 10  # up to so many runs the band goes from the lowest to the highest, beyond from 10% to 90% of them
@@ -79,8 +79,8 @@ def _with_tokens(curves: list[Curve], path: Path) -> list[Curve]:
         record["step"] + (record["event"] == "train"): record["tokens"]
         for record in (metrics(path) if path.is_file() else ())
         if record.get("event") in ("train", "val")
-        and _whole(record.get("step"))
-        and _whole(record.get("tokens"))
+        and is_int(record.get("step"))
+        and is_int(record.get("tokens"))
     }
     if not known:
         return curves
@@ -90,10 +90,6 @@ def _with_tokens(curves: list[Curve], path: Path) -> list[Curve]:
         replace(curve, tokens=np.interp(curve.step, steps, tokens, left=np.nan, right=np.nan))
         for curve in curves
     ]
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _line(curve: Curve, x: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -242,11 +242,16 @@ def boundaries(lane_tokens: int, most_documents: int) -> int:
 
 
 def blank_batch(
-    config: Config, tokens: int, num_boundaries: int, max_document: int, device: torch.device
+    config: Config,
+    tokens: int,
+    num_boundaries: int,
+    max_document: int,
+    device: torch.device,
+    classes: int = 0,
 ) -> Batch:
-    """A lane of one document of `tokens` tokens 0, shaped like any other: for compiling."""
+    """A lane of one document of `tokens` tokens 0, shaped like any other: for compiling. classes: scored; 0: all."""
     packer, zeros = _Packer(config, device.type == "cuda"), np.zeros(tokens + 1, np.uint16)
-    return packer.pack(zeros, np.array([tokens]), num_boundaries, max_document).to(device)
+    return packer.pack(zeros, np.array([tokens]), num_boundaries, max_document, (classes, 0)).to(device)
 
 
 def text_batch(config: Config, tokens: list[int], device: torch.device) -> Batch:

@@ -1,7 +1,6 @@
 """What the training loop needs before its first step and between its steps: building, warming up, resuming, saving."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable
@@ -14,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modded_nanogpt import attention_backends, layer_plan, schedule, table_plan
-from modded_nanogpt.batches import TrainBatches, ValBatches
+from modded_nanogpt.batches import Batch, TrainBatches, ValBatches
 from modded_nanogpt.clock import Clock
 from modded_nanogpt.compile_cache import CompileCache, environment
-from modded_nanogpt.config import FREE, Config, resolve
+from modded_nanogpt.config import Config, resolve
 from modded_nanogpt.fast.capture import Recorder
 from modded_nanogpt.kernels import fp8
 from modded_nanogpt.kernels.mlp_weights import Fp8Mlp
@@ -36,8 +35,9 @@ from modded_nanogpt.model import SpeedrunModel
 from modded_nanogpt.model_medium import MediumModel, SnapshotModel
 from modded_nanogpt.optim.row_table import RowTable
 from modded_nanogpt.optim.sharded import Optimizer
-from modded_nanogpt.precompile import Ahead, Graph, graphs, processes_for
+from modded_nanogpt.precompile import Ahead, compile_ahead, graphs, graphs_key
 from modded_nanogpt.report import describe
+from modded_nanogpt.schedule import StepPlan
 from nanogpt.common import hardware
 from nanogpt.common.errors import NonFiniteError, UserError
 from nanogpt.common.ranks import Ranks
@@ -55,7 +55,6 @@ MODELS = {
 }
 # Graphs that may be compiled: one a lane size, and tests with many; attention windows are no part of a graph.
 GRAPHS = 64
-NOT_IN_GRAPHS = {"seed", *FREE} - {"attention", "compile", "deterministic"}
 
 
 class Prepared(NamedTuple):
@@ -188,7 +187,7 @@ def record_graphs(
 
 
 @torch.no_grad()
-def _randomize(state: State, seed: int) -> None:
+def randomize(state: State, seed: int) -> None:
     """Weights of the warm-up: those of step 0 and a little noise, so that none is zero and no gradient is.
 
     Noise alone shrinks the residual in every layer, and its gradients may grow beyond every number.
@@ -218,28 +217,6 @@ def restore_caches(config: Config, run: RunDir, ranks: Ranks) -> CompileCache | 
     return caches
 
 
-def compile_ahead(
-    config: Config, run: RunDir, ranks: Ranks, caches: CompileCache | None, needed: list[Graph]
-) -> Ahead:
-    """Who compiles the later graphs while this process compiles the first: nobody where that does not pay."""
-    ahead = Ahead(run.say)
-    known = caches is not None and caches.holds(graphs_key(config, needed))
-    processes = processes_for(config, ranks, len(needed)) if config.warmup and not known else 0
-    if processes:
-        ahead.start(needed, processes, run.folder, ranks)
-        who = "a process" if processes == 1 else f"{processes} processes"
-        run.say(
-            f"warm-up: {len(ahead.running)} of {len(needed)} graphs are compiled by {who} beside this one"
-        )
-    return ahead
-
-
-def graphs_key(config: Config, needed: list[Graph]) -> str:
-    """What the graphs of a run are known by, besides code and machine."""
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_GRAPHS}
-    return json.dumps([values, [dataclasses.asdict(graph) for graph in needed]], sort_keys=True)
-
-
 def _vocabulary_tables(
     config: Config, model: SpeedrunModel, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -251,6 +228,16 @@ def _vocabulary_tables(
     tokens, rows = gpt2_tokens(data_root(config.data_root)), model.size.padded_vocab
     prefix = torch.from_numpy(prefix_table(tokens, rows)).to(device) if config.prefix else None
     return prefix, torch.from_numpy(canonical_table(tokens, rows)).to(device) if config.canonical else None
+
+
+def lanes_and_updates(state: State, ranks: Ranks, batch: Batch, step: StepPlan) -> None:
+    """One lane and one update of each kind that a run has, like those of `step`; the weights are meaningless then."""
+    for adam, tied, untie in ((False, True, False), (True, True, True), (True, False, False)):
+        table = schedule.TABLE_EARLY if adam and state.table is not None else None
+        kind = dataclasses.replace(step, adam=adam, tied=tied, untie=untie, table=table)
+        train_lane(state, ranks, batch, kind)
+        state.optimizer.step(kind)
+        refresh_fp8(state, ranks, kind.exact_fp8)
 
 
 def warm_up(
@@ -268,18 +255,15 @@ def warm_up(
     compiles graphs beside this process.
     """
     *lane_graphs, eval_graph = graphs(config, batches, val_batches)
-    _randomize(state, config.seed)
+    randomize(state, config.seed)
     began = time.perf_counter()
     for graph in lane_graphs:
         if ahead:
             ahead.wait(graph)
-        step, batch = schedule.at(config, graph.step), batches.get(graph.step, 0)
-        for adam, tied, untie in ((False, True, False), (True, True, True), (True, False, False)):
-            table = schedule.TABLE_EARLY if adam and state.table is not None else None
-            kind = dataclasses.replace(step, adam=adam, tied=tied, untie=untie, table=table)
-            train_lane(state, ranks, batch, kind)
-            state.optimizer.step(kind)
-            refresh_fp8(state, ranks, kind.exact_fp8)
+        batch = batches.get(graph.step, 0)
+        lanes_and_updates(state, ranks, batch, schedule.at(config, graph.step))
+        if ahead:
+            ahead.wait_for_rehearsal()  # larger lanes need its memory
         say(
             f"warm-up: lanes of {batch.inputs.numel():,} tokens ready after {time.perf_counter() - began:.1f} s"
         )
@@ -291,7 +275,7 @@ def warm_up(
             if state.table is not None:
                 state.table.forget()
     state.optimizer.reset()
-    _randomize(state, config.seed)  # after a dozen steps at any rate a backward pass may overflow
+    randomize(state, config.seed)  # after a dozen steps at any rate a backward pass may overflow
     record_graphs(config, state, ranks, batches, say)
     if ahead:
         ahead.wait(eval_graph)

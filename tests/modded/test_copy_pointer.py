@@ -32,7 +32,7 @@ ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 def state() -> lanes.State:
     torch.set_num_threads(1)
     made = setup.build(small("--copy_pointer=true"), ALONE)
-    setup._randomize(made, 7)
+    setup.randomize(made, 7)
     return made
 
 

@@ -126,7 +126,7 @@ def test_with_copies_a_lane_is_one_graph_too():
     torch.set_num_threads(1)
     torch._dynamo.reset()
     state = setup.build(small("--copy_input=true"), ALONE)
-    setup._randomize(state, 7)
+    setup.randomize(state, 7)
     compiled = dataclasses.replace(
         state,
         train_graph=torch.compile(lanes.lane_residual, fullgraph=True, backend="eager"),

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -116,16 +116,23 @@ def test_a_process_that_fails_costs_a_note_and_no_more(tmp_path):
     ahead.start([FIRST, GRAPH], 1, tmp_path / "no-such-run", Ranks(0, 0, 1, CPU))
     for graph in (FIRST, GRAPH, GRAPH):
         ahead.wait(graph)
-    (note,) = said
-    assert note.startswith("note: compiling ahead failed (") and note.endswith("; compiled here instead")
+    ahead.wait_for_rehearsal()
+    assert len(said) == 2
+    for note in said:
+        assert note.startswith("note: compiling ahead failed (") and note.endswith("; compiled here instead")
     assert ahead.running == {}
 
 
 PLAYED = """
 import json, sys, time
 from pathlib import Path
-for values in json.loads(sys.argv[1]):
-    while not (Path(sys.argv[2]) / str(values["tokens"])).exists():
+if sys.argv[1] == "rehearse":
+    while not (Path(sys.argv[3]) / "rehearse").exists():
+        time.sleep(0.02)
+    print("rehearsed", flush=True)
+    sys.exit()
+for values in json.loads(sys.argv[2]):
+    while not (Path(sys.argv[3]) / str(values["tokens"])).exists():
         time.sleep(0.02)
     if values["tokens"] == 5:
         sys.exit("a compiler broke")
@@ -146,17 +153,50 @@ def test_graphs_are_dealt_out_and_each_is_waited_for_alone(tmp_path, monkeypatch
     ahead = Ahead(said.append)
     wanted = [Graph(tokens, tokens, 32, 128) for tokens in range(6 if processes == 2 else 5)]
     ahead.start(wanted, processes, tmp_path, Ranks(0, 0, 1, CPU))
-    children = {id(process): process for process, _ in ahead.running.values()}
-    dealt = [[graph.tokens for graph, (child, _) in ahead.running.items() if child is process]
-             for process in children.values()]  # fmt: skip
-    assert dealt == parts
+    started = [(line, child) for line, (child, _) in ahead.running.items()]
+    children = dict.fromkeys(child for _, child in started)
+    dealt = [[line for line, by in started if by is child] for child in children]
+    assert dealt == [
+        *([f"compiled {wanted[number]}\n" for number in part] for part in parts),
+        ["rehearsed\n"],
+    ]
     for graph in wanted:
         (tmp_path / str(graph.tokens)).touch()
         ahead.wait(graph)  # the child's later graphs are not there yet
-    assert ahead.running == {} and len(said) == (processes == 2)
+    assert list(ahead.running) == ["rehearsed\n"] and len(said) == (processes == 2)
     assert not said or said[0] == "note: compiling ahead failed (a compiler broke); compiled here instead"
-    for process in children.values():
-        assert process.wait() == (1 if said and process is list(children.values())[1] else 0)
+    (tmp_path / "rehearse").touch()
+    for _ in range(2):
+        ahead.wait_for_rehearsal()
+        assert ahead.running == {}
+    assert [child.wait() for child in children] == [
+        1 if said and child is list(children)[1] else 0 for child in children
+    ]
+
+
+def test_only_the_first_rank_of_a_node_rehearses(tmp_path, monkeypatch):
+    script = tmp_path / "child.py"
+    script.write_text("")
+    monkeypatch.setattr(precompile, "__file__", str(script))
+    ahead = Ahead([].append)
+    ahead.start([FIRST, GRAPH], 1, tmp_path, Ranks(1, 1, 2, CPU))
+    assert list(ahead.running) == [f"compiled {GRAPH}\n"]
+    ahead.wait(GRAPH)
+
+
+@pytest.mark.parametrize("flags", [[], ["--table_rows=0"], ["--copy_pointer=true", "--copy_input=true"]])
+def test_a_rehearsal_launches_lanes_updates_and_a_validation(monkeypatch, flags):
+    launched, update, validate = [], setup.Optimizer.step, lanes.lane_losses
+    monkeypatch.setattr(
+        setup.Optimizer, "step", lambda self, plan: launched.append(plan) or update(self, plan)
+    )
+    monkeypatch.setattr(lanes, "lane_losses", lambda *given: launched.append(None) or validate(*given))
+    config = configured("tiny", "--vocab_size=512", "--prefix=false", *flags)
+    precompile.rehearse(config, GRAPH, CPU)
+    *updates, validation = launched
+    assert [(plan.adam, plan.tied) for plan in updates] == [(False, True), (True, True), (True, False)]
+    assert validation is None
+    assert all((plan.table is not None) == (plan.adam and "--table_rows=0" not in flags) for plan in updates)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +221,7 @@ def reads_its_configuration(process: int) -> bool:
 
 
 def test_nobody_stays_behind_when_the_trainer_is_killed(tmp_path):
-    """The child is held where it reads its configuration: a pipe that nobody writes to."""
+    """The children are held where they read their configuration: a pipe that nobody writes to."""
     os.mkfifo(tmp_path / "config.json")
     program = f"""
 import sys, time
@@ -197,14 +237,15 @@ print(*(process.pid for process, _ in ahead.running.values()), flush=True)
 time.sleep(100)
 """
     trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    child = int(trainer.stdout.readline())
+    children = [int(word) for word in trainer.stdout.readline().split()]
+    assert len(children) == 2
     end = time.monotonic() + 600
-    while not reads_its_configuration(child):
+    while not all(map(reads_its_configuration, children)):
         assert time.monotonic() < end
         time.sleep(0.1)
     trainer.kill()
     trainer.wait()
-    while Path(f"/proc/{child}").exists():
+    while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < end
         time.sleep(0.1)
 
@@ -215,13 +256,19 @@ def test_what_was_compiled_is_known_to_the_same_code_alone(tmp_path, monkeypatch
     said = []
     cache = CompileCache(tmp_path / "archives", "e" * 12, "5" * 64, said.append)
     config = configured("record")
-    key = setup.graphs_key(config, [GRAPH])
+    key = precompile.graphs_key(config, [GRAPH])
     assert not cache.holds(key)
     cache.keep(key)
     assert cache.holds(key)
-    assert cache.holds(setup.graphs_key(configured("record", "--seed=5", "--save_minutes=3"), [GRAPH]))
-    assert not cache.holds(setup.graphs_key(configured("record", "--xsa=false"), [GRAPH]))
-    assert not cache.holds(setup.graphs_key(config, [Graph(0, 512, 32, 128)]))
+    assert cache.holds(
+        precompile.graphs_key(
+            configured("record", "--seed=5", "--save_minutes=3", "--steps=90", "--table_rows=64"), [GRAPH]
+        )
+    )
+    assert cache.holds(precompile.graphs_key(config, [replace(GRAPH, step=7)]))
+    assert not cache.holds(precompile.graphs_key(configured("record", "--xsa=false"), [GRAPH]))
+    assert not cache.holds(precompile.graphs_key(configured("record", "--table_rows=0"), [GRAPH]))
+    assert not cache.holds(precompile.graphs_key(config, [Graph(0, 512, 32, 128)]))
     assert not CompileCache(tmp_path / "archives", "e" * 12, "6" * 64, said.append).holds(key)
     monkeypatch.setenv(compiler.FOLDERS["inductor"], str(tmp_path / "another-node"))
     there = CompileCache(tmp_path / "archives", "e" * 12, "5" * 64, said.append)

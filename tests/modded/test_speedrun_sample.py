@@ -58,7 +58,7 @@ def test_logits_are_those_of_the_validation(flag):
         **({flag: True} if flag else {}),
     )  # fmt: skip
     state = setup.build(config, Ranks(0, 0, 1, torch.device("cpu")), compile_with="eager")
-    setup._randomize(state, 1)
+    setup.randomize(state, 1)
     tokens = torch.randint(0, 511, (150,), generator=torch.Generator().manual_seed(3)).tolist()
     tokens[60:100] = tokens[20:60]  # something that repeats
     windows = schedule.final_window(config)

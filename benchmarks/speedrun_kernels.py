@@ -352,6 +352,7 @@ def mlp_cases(tokens: int, device: object, choice: object) -> Iterator[Case]:
     u, bank, grad = mlp_inputs(tokens, device)
     up, down = (part.detach().requires_grad_() for part in bank[0])
     torch._dynamo.reset()  # what was compiled for other numbers of tokens counts towards a limit
+    kernels.before_compiling()
     ours, twin = (torch.compile(f, fullgraph=True, dynamic=False) for f in (kernels.mlp, reference.mlp))
 
     def both(function: Callable[..., torch.Tensor], *state: object) -> None:

@@ -18,7 +18,7 @@ from modded_nanogpt.clock import Clock
 from modded_nanogpt.compile_cache import CompileCache, environment
 from modded_nanogpt.config import Config, resolve
 from modded_nanogpt.fast.capture import Recorder
-from modded_nanogpt.kernels import fp8
+from modded_nanogpt.kernels import fp8, mlp
 from modded_nanogpt.kernels.mlp_weights import Fp8Mlp
 from modded_nanogpt.lanes import (
     NEW_PROGRESS,
@@ -152,6 +152,7 @@ def build(config: Config, ranks: Ranks, compile_with: str | Callable = "inductor
     if compiled:
         from torch._functorch import config as functorch_config
 
+        mlp.before_compiling()
         torch._dynamo.config.recompile_limit = GRAPHS
         # The backward pass with the forward pass, not at its first use: then both are kept together, and a process that
         # only compiles (`precompile`) leaves both.

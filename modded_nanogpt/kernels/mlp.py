@@ -43,10 +43,14 @@ except ImportError:
 GRADIENT_SCALE = 2.0**-8
 
 
-@torch.compiler.assume_constant_result
 def fused_pays(device_index: int) -> bool:
     """Whether the bfloat16 kernel beats cuBLAS and a pass of its own: it has the tiles for Hopper and B200 only."""
     return torch.cuda.get_device_capability(device_index)[0] in (9, 10)
+
+
+def before_compiling() -> None:
+    """Call it before torch.compile sees `mlp`: it imports the compiler, which takes as long as torch itself."""
+    torch.compiler.assume_constant_result(fused_pays)
 
 
 def mlp(u: Tensor, up: Tensor, down: Tensor, fp8: Fp8Mlp | None = None, layer: int = 0) -> Tensor:

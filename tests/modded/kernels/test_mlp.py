@@ -141,6 +141,7 @@ def check_op(device: str, kinds: Iterable[str], **how: object) -> None:
             function = kernels.mlp
             if compiled:
                 torch._dynamo.reset()
+                kernels.before_compiling()
                 function = torch.compile(
                     kernels.mlp, fullgraph=True, dynamic=False, **(how or {"backend": "aot_eager"})
                 )

@@ -23,7 +23,7 @@ def killed_half_way(clone, path, *words):
         if len(folders) == 2 and done == 1 and started == 2:
             break
         time.sleep(0.02)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)  # all at once: the trainer left alone might end meanwhile
     process.wait()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and str(clone).encode() in read(entry / "cmdline"):

@@ -49,6 +49,13 @@ need_data() { # SET SCRIPT WORDS...: the trainer's words name the set and its pl
     first=$script
 }
 
+made_folder() { # FLAG SET WORDS...: of the token set that a preparation makes, which --FLAG may name otherwise
+    local place name
+    place=$(flag_of data_root "${@:3}")
+    name=$(flag_of "$1" "${@:3}")
+    echo "${place:-$(data_root)}/${name:-$2}"
+}
+
 make_here() { # SET: with the environment's Python, and nothing else of it stays in this shell
     (
         begin_job >/dev/null

@@ -3,7 +3,7 @@
 # become sbatch's options, checked against the live cluster, so that what can never start is refused before it queues.
 # The one file that the scripts source.
 
-for part in common cluster options code data; do
+for part in common cluster options code data requeue; do
     # shellcheck source-path=SCRIPTDIR source=/dev/null
     . "$(dirname "${BASH_SOURCE[0]}")/$part.sh"
 done

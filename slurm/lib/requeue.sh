@@ -5,11 +5,12 @@
 
 signalled=""
 child=""
+child_group="" # "-" where the child has a process group of its own, all of which is told
 
 # shellcheck disable=SC2329  # called by traps
 on_signal() { # two different signals may come at once and bash may lose one: either does the same
     signalled=$1
-    if [ -n "$child" ]; then kill -s "$child_signal" "$child" 2>/dev/null || :; fi
+    if [ -n "$child" ]; then kill -s "$child_signal" -- "$child_group$child" 2>/dev/null || :; fi
 }
 
 wait_for_child() { # its exit status in child_status, however often a signal interrupts the wait
@@ -60,9 +61,11 @@ go_on_later() { # FOLDER PATTERN COMMAND...: work that goes on where it was ende
     before=$(bytes_kept "$folder" "$pattern")
     trap 'on_signal USR1' USR1
     trap 'on_signal TERM' TERM
-    child_signal=TERM
+    child_signal=TERM child_group=-
+    set -m # compilers that outlive their shell would go on writing, and hold the build's lock
     "$@" &
     child=$!
+    set +m
     wait_for_child
     if [ "$child_status" -eq 0 ] || [ -z "$signalled" ]; then exit "$child_status"; fi
     if at_time_limit && [ "$(bytes_kept "$folder" "$pattern")" -le "$before" ]; then # else it would try for ever

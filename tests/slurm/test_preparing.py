@@ -1,13 +1,16 @@
 """Jobs that make data or build: ended by the scheduler they keep what has come, and only those that got on go on."""
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.data.hub_server import REPOSITORY, HubServer, parquet
 from tests.slurm.branch_kit import ROOT, bash, program
 
-WORK = 'trap "exit 130" TERM; echo >>work; while :; do sleep 0.02; done'  # goes on until it is told to end
+# Goes on until it is told to end, and leaves a child behind, as a compiler's driver does.
+WORK = 'trap "exit 130" TERM; echo >>work; sleep 600 & echo $! >child; while :; do sleep 0.02; done'
 
 
 @pytest.fixture
@@ -38,6 +41,13 @@ def test_openwebtext_near_its_time_limit_requeues_itself_and_goes_on(cluster, pr
     assert "shards are there; going on" in second and "t: prepared" in second
 
 
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize(
     ("work", "limit", "said"),
     [
@@ -64,6 +74,9 @@ def test_only_work_that_gets_on_starts_again(tmp_path, work, limit, said) -> Non
     command = f"{libraries}; {work}; {tell} go_on_later . work work"
     done = bash("-c", command, "x", ROOT, env={"SLURM_JOB_ID": "7"}, cwd=tmp_path, path=str(tmp_path / "bin"))
     assert said in done.stdout, done
+    child = tmp_path / "child"
+    while child.exists() and alive(int(child.read_text())):  # for ever, where only its parent was told
+        time.sleep(0.02)
     requeued = (tmp_path / "asked").exists()
     assert requeued == ("requeues itself" in said), done
     if not requeued:

@@ -185,6 +185,12 @@ def is_run(path: Path) -> bool:
     return False
 
 
+def named_run(root: Path, name: str | Path) -> Path | None:
+    """The run that somebody names, or None: a folder from here or from the checkout `root`, or a name in its out/."""
+    places = (Path(name).expanduser(), root / name, root / "out" / name)
+    return next((path for path in places if is_run(path)), None)
+
+
 def read_run(path: Path) -> Run:
     """The run in `path`. Never raises for what it finds there; an absent folder reads as an empty run."""
     run = Run(

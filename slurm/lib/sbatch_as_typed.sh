@@ -162,6 +162,7 @@ main() {
         if [ -n "$filled" ]; then note "$filled"; fi
     fi
     wait_for_data
+    if [ -z "$(said array)" ]; then note_same_run "$script" ${arguments[@]+"${arguments[@]}"}; fi
     if [ -z "$(said output)$(said chdir)" ]; then
         need_log_folder
         if [ "$PWD" != "$ROOT" ]; then note "submitted from $ROOT, where its log goes"; fi

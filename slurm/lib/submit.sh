@@ -183,7 +183,10 @@ submit_unless_in_job() { # SCRIPT [WORDS...]: outside a job this submits and end
     fi
     if [ -n "${behind:-}" ] && [ -z "$(said dependency)" ]; then planned+=("--dependency=afterany:$behind"); fi
     options=("${planned[@]}")
-    if [ "${DRY_RUN:-0}" != 1 ]; then keep_code; fi
+    if [ "${DRY_RUN:-0}" != 1 ]; then
+        keep_code
+        if [ -z "$(said array)" ]; then note_same_run "$place" ${words[@]+"${words[@]}"}; fi
+    fi
     submit "$place" ${words[@]+"${words[@]}"}
     exit 0
 }

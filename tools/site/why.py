@@ -76,6 +76,8 @@ def explain(row: dict[str, str], cluster: Cluster) -> Explanation:
         return Explanation(job, state, reason, "", _running(row), f"engaging watch {job}")
     whose, text, remedy = _pending(reason)
     request = request_of(row)
+    if reason == "Dependency" and (others := re.findall(r":([0-9]+)", row.get("Dependency", ""))):
+        text = f"it waits for {'job' if len(others) == 1 else 'jobs'} {', '.join(others)} to end"
     values = {"id": job, "log": log, "more": "N"}
     if "{gpus}" in remedy or "{cpus}" in remedy or "{memory}" in remedy:
         text, remedy = _quota(row, request, cluster, text, remedy)

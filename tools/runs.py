@@ -304,6 +304,7 @@ def _read_json(path: Path) -> dict:
 
 
 def is_int(value: object) -> bool:
+    """Whether a value read from JSON is a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import DONE
 
 from tests.data.hub_server import REPOSITORY, HubServer, parquet
 from tests.slurm.branch_kit import ROOT, bash, program
@@ -24,12 +25,18 @@ def hub() -> Iterator[HubServer]:
     server.close()
 
 
-def test_openwebtext_near_its_time_limit_requeues_itself_and_goes_on(cluster, project, hub) -> None:
+def test_openwebtext_near_its_time_limit_requeues_itself_and_goes_on(cluster, project, hub, mirror) -> None:
     folder = project.data / "t"
     words = ["--name=t", "--shard_tokens=20000", f"--repository={REPOSITORY}", "--num_workers=1"]
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(project.root / "hf")}
+    settings = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(project.root / "hf"),
+        "DATA_MIRROR": str(mirror),
+    }
     job = project.sbatch("-p", "pi_lab", "slurm/nanogpt/prepare_openwebtext.sh", *words, **settings)
-    cluster.wait_until(lambda: len(list(folder.glob("t_train_*.bin"))) > 2, describe=lambda: cluster.log(job))
+    cluster.wait_until(lambda: len(list(folder.glob("t_train_*.bin"))) > 2 or cluster.state(job) in DONE)
+    assert cluster.state(job) == "RUNNING", cluster.log(job)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.wait_until(lambda: cluster.job(job).get("Restarts") == "1", describe=lambda: cluster.log(job))
     hub.held = ""

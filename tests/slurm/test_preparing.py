@@ -17,8 +17,8 @@ WORK = 'trap "exit 130" TERM; echo >>work; sleep 600 & echo $! >child; while :; 
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     """Four files; one thread has written shards of the first three before it asks for the last, which is held back."""
-    texts = [f"{number} words of text " * 1000 for number in range(60)]
-    parts = [texts[:20], texts[20:21], texts[21:50], texts[50:]]
+    texts = [f"{number} words of text " * 1000 for number in range(300)]
+    parts = [texts[:100], texts[100:101], texts[101:250], texts[250:]]
     server = HubServer({f"t/{number}.parquet": parquet(part) for number, part in enumerate(parts)})
     server.held = "t/3.parquet"
     yield server

@@ -16,6 +16,18 @@ preparing() { # SCRIPT: the number of one's own job that runs it or waits; nothi
     squeue --me -h --name="$(header_value "$ROOT/$1" job-name)" -o %A 2>/dev/null | head -n 1 || :
 }
 
+check_flags() { # SCRIPT WORDS...: the trainer's own refusal of a flag or a preset, before the job waits for it
+    local script=$1 python trainer preset
+    shift
+    if [ "${1:-}" = -- ]; then shift; fi # as the scripts do
+    python=$(environment_folder)/bin/python
+    read -r trainer preset < <(sed -n 's/^exec bash slurm\/lib\/run\.sh \([^ ]*\) \(.*\)--out_dir.*/\1 \2/p' "$script") || return 0
+    if [[ $trainer == *trainer* ]]; then trainer=${SPEEDRUN_TRAINER:-modded_nanogpt.train_gpt}; fi
+    case $trainer in nanogpt.train | modded_nanogpt.train_gpt) ;; *) return 0 ;; esac
+    if [ ! -x "$python" ]; then return 0; fi
+    (cd "$ROOT" && "$python" slurm/lib/check_flags.py "$trainer" ${preset:+"$preset"} "$@") || exit "$EXIT_USAGE"
+}
+
 note_same_run() { # SCRIPT WORDS...: jobs that train one run take it from each other, which few people mean
     local run job others
     # shellcheck disable=SC2016 # the line of a script, as it stands there

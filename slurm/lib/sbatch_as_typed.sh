@@ -150,6 +150,7 @@ main() {
     warn_about_account "$(said account)" "$(said qos)"
     note_time "$(said time)"
     note_export
+    check_flags "$script" ${arguments[@]+"${arguments[@]}"}
     gpus="" never="" QOS=$(said qos)
     if [ -n "$(header_value "$script" gres)" ] && fill_gpus; then
         fit_node_share "$script"

@@ -170,6 +170,7 @@ submit_unless_in_job() { # SCRIPT [WORDS...]: outside a job this submits and end
     local script words typed planned place gpus
     if in_job || [ "${LOCAL:-0}" = 1 ]; then return 0; fi
     begin_submission "$@"
+    check_flags "$place" ${words[@]+"${words[@]}"}
     plan_job "$place"
     gpus=$(flag_of gres "${options[@]}")
     gpus=${gpus##*:}

@@ -58,6 +58,7 @@ class Problem:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest document."""
         return max(self.lengths)
 
     def pairs(self, window: int) -> int:

@@ -27,7 +27,7 @@ YARN_ALPHA, YARN_BETA, YARN_TEMPERATURE = 1.0, 32.0, 0.2  # the paper's temperat
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis, without weight. The epsilon is tiny: embedding rows start with an RMS of 0.005."""
+    """RMS norm over the last axis of x [..., width], without weight. A tiny epsilon: embedding rows start at 0.005."""
     return F.rms_norm(x, (x.shape[-1],), eps=1.2e-7)
 
 

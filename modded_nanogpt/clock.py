@@ -21,6 +21,7 @@ class Clock:
         self.saved = time.monotonic()  # when the last checkpoint was asked for
 
     def start(self) -> None:
+        """From here on time counts; the ranks wait for each other first."""
         self.ranks.wait()
         self.began = time.perf_counter()
 

@@ -1,7 +1,7 @@
 """Every knob of the speedrun trainer, and what follows from them.
 
 argv -> preset -> `Config` (frozen) -> `resolve(world_size)` -> `Plan`, which is printed and logged. Standard library
-only. Sizes and stages are data by recipe (`layer_plan.SIZES`, `schedule.STAGES`); each technique of the record is one
+only. Sizes and stages are data by recipe (`sizes.py`, `stage_table.py`); each technique of the record is one
 switch here, true in the record. A technique that another one carries goes with it: without `bigram` there are neither
 n-grams nor signs, without `mudd` no groups; without `short_documents` all stages cut documents where the last one does.
 """

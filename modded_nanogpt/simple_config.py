@@ -218,7 +218,6 @@ def smoke_sizes(values: dict[str, object], on_gpu: bool, world_size: int) -> dic
     for name, most in SMOKE_BATCH.items():
         small[name] = min(int(values.get(name, getattr(Config, name))), most)
     if not on_gpu:
-        small["num_threads"] = 1  # with so little to do, several would wait for each other
         small["num_layers"] = min(int(values.get("num_layers", Config.num_layers)), SMOKE_LAYERS_ON_CPU)
         wide = int(values.get("model_dim", Config.model_dim)) > SMOKE_MODEL_ON_CPU["model_dim"]
         small |= SMOKE_MODEL_ON_CPU if wide else {}

@@ -91,7 +91,7 @@ def variant_class(name: str) -> type[Variant]:
 
 
 def on_device(gates: list[float] | None, device: torch.device) -> Tensor | None:
-    """A variant's gates as a float32 tensor."""
+    """A variant's gates as a float32 tensor [gates]; None stays None."""
     return None if gates is None else torch.tensor(gates, dtype=torch.float32, device=device)
 
 

@@ -155,7 +155,6 @@ def values_of(argv: list[str], default_preset: str) -> dict[str, object]:
         "recipe": recipe, "steps": max(least, SMOKE_STEPS - 1), "extension_steps": 1, "eval_tokens": 1024,
         "eval_slice": 512, "lanes": max(2, world_size_from_environment()), "log_interval": 1, "warmup": False,
         "compile": "false", "capture": "false", "compile_cache": "none", "data_passes": 1000, "wandb_log": False,
-        "num_threads": 1,  # with so little to do, several would wait for each other
     }  # fmt: skip
     small |= {"sampled_softmax": False} if recipe in CPU_RECIPES else {}  # of GPT-2's vocabulary only
     return smoke_values(values, argv, small)

@@ -21,7 +21,7 @@ GRADIENT_SCALE = 2.0**8
 
 
 def to_e4m3(tensor: Tensor, scale: Tensor | float) -> Tensor:
-    """tensor x scale, clamped and rounded to e4m3."""
+    """tensor (any shape) x scale, clamped to +-448 and rounded to e4m3; the same shape."""
     return (tensor * scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
@@ -36,6 +36,7 @@ class Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        """The product; what the backward pass needs is kept: x as it is, the weight in e4m3."""
         low_weight, weight_scale = scaled_to_e4m3(weight)
         x_scale = torch.full((), 1.0 / ACTIVATION_SCALE, device=x.device)
         ctx.save_for_backward(x, low_weight, weight_scale)
@@ -50,6 +51,7 @@ class Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x, with the incoming one in e5m2, and of the weight, from bfloat16 operands."""
         x, low_weight, weight_scale = ctx.saved_tensors
         factor = GRADIENT_SCALE * x.shape[0]
         low_grad = (grad * factor).clamp(-E5M2_MAX, E5M2_MAX).to(torch.float8_e5m2)

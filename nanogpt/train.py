@@ -125,8 +125,9 @@ def values_of(argv: list[str]) -> dict[str, object]:
         "compile": "false", "wandb_log": False,
     }  # fmt: skip
     on_cpu = values.get("device") == "cpu" or not has_nvidia_driver()
-    if on_cpu and values.get("init_from", "scratch") == "scratch":
-        small["num_threads"] = 1  # with so little to do, several would wait for each other
+    if values.get("init_from", "scratch") != "scratch":  # it keeps its size, which several threads are for
+        small["num_threads"] = 0
+    elif on_cpu:
         small["n_layer"] = min(int(values.get("n_layer", Config.n_layer)), SMOKE_LAYERS_ON_CPU)
         wide = int(values.get("n_embd", Config.n_embd)) > SMOKE_MODEL_ON_CPU["n_embd"]
         small |= SMOKE_MODEL_ON_CPU if wide else {}

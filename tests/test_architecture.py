@@ -67,13 +67,15 @@ def test_imports_go_one_way(path):
         assert not uses(path, "modded_nanogpt")
 
 
-@pytest.mark.parametrize("name", ["config", "schedule", "layer_plan"])
+@pytest.mark.parametrize("name", ["config", "schedule", "stage_table", "layer_plan", "sizes"])
 def test_decisions_need_the_standard_library_only(name):
     """What refuses a mistake before torch is imported, and what a reader opens first."""
     path = ROOT / "modded_nanogpt" / f"{name}.py"
     for module in modules(path):
         top = module.split(".")[0]
-        ours = ("modded_nanogpt.config", "modded_nanogpt.schedule", "modded_nanogpt.layer_plan")
+        ours = tuple(
+            f"modded_nanogpt.{name}" for name in ("config", "schedule", "stage_table", "layer_plan", "sizes")
+        )
         fine = module in ("modded_nanogpt", "nanogpt.common") or module.startswith((*ours, "nanogpt.common."))
         assert fine or top in sys.stdlib_module_names, module
 

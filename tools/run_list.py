@@ -15,7 +15,7 @@ from nanogpt.common.errors import UserError
 from nanogpt.common.storage import atomic_write_text, storage_errors
 from tools.args import Parser, whole
 from tools.place import checkout
-from tools.runs import NOTE, Run, is_run, note_of, printable, read_run, runs_under
+from tools.runs import NOTE, Run, is_run, named_run, note_of, printable, read_run, runs_under
 
 MOST_CHANGES = 4  # shown of each run
 LONGEST_NOTE = 300
@@ -61,9 +61,8 @@ def main(argv: list[str]) -> int:
 
 
 def _named(path: Path) -> Path:
-    """The path, or the run of that name in out/."""
-    inside = checkout() / "out" / path
-    return inside if not path.exists() and is_run(inside) else path
+    """The path, or the run that it names."""
+    return path if path.exists() else named_run(checkout(), path) or path
 
 
 def _folders(where: list[Path]) -> list[Path]:

@@ -185,6 +185,12 @@ def is_run(path: Path) -> bool:
     return False
 
 
+def named_run(root: Path, name: str | Path) -> Path | None:
+    """The run that somebody names, or None: a folder from here or from the checkout `root`, or a name in its out/."""
+    places = (Path(name).expanduser(), root / name, root / "out" / name)
+    return next((path for path in places if is_run(path)), None)
+
+
 def read_run(path: Path) -> Run:
     """The run in `path`. Never raises for what it finds there; an absent folder reads as an empty run."""
     run = Run(
@@ -298,6 +304,7 @@ def _read_json(path: Path) -> dict:
 
 
 def is_int(value: object) -> bool:
+    """Whether a value read from JSON is a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

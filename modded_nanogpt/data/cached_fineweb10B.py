@@ -27,7 +27,7 @@ if __package__ in (None, ""):
         Path(__file__).resolve().parents[2]
     )  # the repository root, so that `import nanogpt` works
 
-from nanogpt.common.errors import UserError, run_command
+from nanogpt.common.errors import GOES_ON, UserError, run_command
 from nanogpt.common.flags import knob, parse
 
 PROG = "modded_nanogpt/data/cached_fineweb10B.py"
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-"):  # the number alone, as the original script takes it
         argv = [f"--chunks={argv[0]}", *argv[1:]]
     config = parse(Config, argv, prog=PROG, description=__doc__)
+    from nanogpt.common.download import remove_abandoned
     from nanogpt.common.shards import data_root
     from nanogpt.common.storage import check_room, make_folder
 
@@ -89,6 +90,8 @@ def main(argv: list[str]) -> None:
                 f"{folder}: {', '.join(missing[:3])}: not there or not whole ({len(missing)} of {len(names)} files), "
                 "and HF_HUB_OFFLINE forbids to fetch; unset it, or run this where there is a network"
             )
+        for name in names:
+            remove_abandoned(folder / name)
         print(f"{config.set}: {len(names)} files are there, in {folder}{how_to_get_all(config)}")
         return
     facts = ask_hub(published.repository, names, config.parallel)
@@ -204,15 +207,18 @@ def ask_hub(repository: str, names: list[str], parallel: int) -> dict[str, Fact]
 
 
 def fetch_all(folder: Path, facts: dict[str, Fact], parallel: int) -> None:
-    """Every file to its place, verified. The first failure ends it; what is complete stays."""
+    """Every file to its place, verified. The first failure or an interruption ends it; what has come stays."""
     from nanogpt.common.download import fetch
     from nanogpt.common.progress import Progress
 
     done, lock, total = dict.fromkeys(facts, 0), threading.Lock(), sum(fact.size for fact in facts.values())
+    ending = threading.Event()
     with Progress("downloading FineWeb") as bar, ThreadPoolExecutor(parallel) as pool:
 
         def one(name: str) -> None:
             def progress(count: int, _: int | None) -> None:
+                if ending.is_set():
+                    raise KeyboardInterrupt
                 with lock:
                     done[name] = count
                     bar.update(sum(done.values()), total)
@@ -225,6 +231,7 @@ def fetch_all(folder: Path, facts: dict[str, Fact], parallel: int) -> None:
             for job in waiting:
                 job.result()
         except BaseException:
+            ending.set()  # the other downloads break off at their next piece
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
@@ -297,4 +304,4 @@ def _fact(repository: str, name: str, commit: str | None) -> Fact:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, again=GOES_ON)

@@ -21,7 +21,7 @@ class Variant(baseline.Variant):
 
     @staticmethod
     def layer(x: Tensor, attention: Sublayer, mlp: Sublayer, gate: Tensor | None) -> Tensor:
-        """The baseline's layer, what it adds multiplied by its gate."""
+        """The baseline's layer on x [B, T, width], what it adds multiplied by its gate."""
         gate = gate.to(x.dtype)
         x = x + gate * attention(norm(x))
         return x + gate * mlp(norm(x))

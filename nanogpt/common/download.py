@@ -6,6 +6,7 @@ Only a file whose SHA-256 is the pinned one takes the final name.
 """
 
 import contextlib
+import glob
 import http.client
 import os
 import re
@@ -26,8 +27,9 @@ EXIT_UNAVAILABLE = 69  # a server could not be reached or did not give the file 
 CHUNK = 2**18
 LARGEST = 2**36  # for a file whose size nobody stated
 SLOWEST = 1024  # bytes a second, over a time-out's length: slower is a dead connection
-# Another host's partial file that nobody has written to for so long may be taken over.
-ABANDONED_SECONDS = 3600.0
+# Another host's partial file that nobody has written to for so long may be taken over: no attempt is silent that long.
+ABANDONED_SECONDS = 600.0
+RELEASED = "released"  # in the place of the host: its process has given it up, anybody may go on with it
 RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 ProgressCall = Callable[[int, int | None], None]
@@ -67,6 +69,7 @@ def fetch(
     kind = scheme_of(source)
     destination = Path(destination)
     if destination.exists() and _matches(destination, sha256):
+        remove_abandoned(destination)
         return destination
     make_folder(destination.parent)
     part = _own_part(destination)
@@ -79,11 +82,16 @@ def fetch(
             )
     else:
         _adopt_abandoned(destination, part)
-        _download(source, part, sha256, size, progress, attempts, timeout, backoff)
+        try:
+            _download(source, part, sha256, size, progress, attempts, timeout, backoff)
+        except BaseException:
+            _release(destination, part)
+            raise
     with storage_errors(destination):
         part.chmod(part.stat().st_mode | 0o040)  # a group shares its data, whatever the umask
         part.replace(destination)
         fsync_folder(destination.parent)
+    remove_abandoned(destination)
     return destination
 
 
@@ -136,13 +144,22 @@ def _download(
         # A connection that is cut again and again still gets there as long as each attempt adds a piece.
         failures = 1 if _length(part) - before > CHUNK else failures + 1
         if failures < attempts:
-            time.sleep(min(60.0, max(wait, backoff * 2 ** (failures - 1))))
+            _pause(min(60.0, max(wait, backoff * 2 ** (failures - 1))), part, size, progress)
     if _length(part) == 0 or wrong:
         _remove(part)
     raise DownloadError(
         f"{shown(url)}: {reason}; check the network or proxy and run this again (it goes on where it "
         "stopped), or fetch the file elsewhere and set DATA_MIRROR to its folder"
     )
+
+
+def _pause(seconds: float, part: Path, size: int | None, progress: ProgressCall | None) -> None:
+    """Before another attempt; `progress` is called meanwhile, since by raising it may end the work."""
+    limit = time.monotonic() + seconds
+    while (left := limit - time.monotonic()) > 0:
+        time.sleep(min(0.5, left))
+        if progress is not None:
+            progress(_length(part), size)
 
 
 def _attempt(url: str, part: Path, size: int | None, progress: ProgressCall | None, timeout: float) -> None:
@@ -276,18 +293,37 @@ def _own_part(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.{socket.gethostname()}.{os.getpid()}.part")
 
 
+def _release(destination: Path, part: Path) -> None:
+    """Leave what has come to whoever asks for the file next, on another host too."""
+    with contextlib.suppress(OSError):
+        part.rename(destination.with_name(f".{destination.name}.{RELEASED}.{os.urandom(4).hex()}.part"))
+
+
 def _adopt_abandoned(destination: Path, part: Path) -> None:
-    """Go on with the partial file of a process that has died. The rename decides who of several takes it."""
-    for path in sorted(destination.parent.glob(f".{destination.name}.*.part")):
-        if path == part:
+    """Go on with the longest partial file that nobody writes any more. The rename decides who of several takes it."""
+    for path in sorted(_abandoned(destination), key=_length, reverse=True):
+        with contextlib.suppress(OSError):
+            path.rename(part)
             return
+
+
+def remove_abandoned(destination: Path) -> None:
+    """The partial files of a file that is there: shorter ones that other attempts have left."""
+    for path in _abandoned(destination):
+        _remove(path)
+
+
+def _abandoned(destination: Path) -> list[Path]:
+    """The partial files of a destination that no process writes: released, of a dead process of this host, or old."""
+    found = []
+    for path in destination.parent.glob(f".{glob.escape(destination.name)}.*.part"):
         host, _, pid = path.name.removeprefix(f".{destination.name}.").removesuffix(".part").rpartition(".")
         with contextlib.suppress(OSError):
             old = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
             dead = host == socket.gethostname() and pid.isdigit() and not process_alive(int(pid))
-            if old or dead:
-                path.rename(part)
-                return
+            if old or dead or host == RELEASED:
+                found.append(path)
+    return found
 
 
 def process_alive(pid: int) -> bool:

@@ -6,6 +6,7 @@ the remedy. A fault of the program itself keeps its traceback: that is a bug, an
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,8 @@ EXIT_STORAGE = 74  # disk full, quota, read-only, I/O error (EX_IOERR of sysexit
 # Asked to stop before the end; a checkpoint was saved and the run can go on (EX_TEMPFAIL)
 EXIT_INTERRUPTED = 75
 EXIT_FENCED = 76  # a newer attempt owns this run directory; this one stopped without touching it
+
+GOES_ON = "the same command goes on where this one stopped"  # for commands of which that is true
 
 
 LONGEST_WORD = (
@@ -64,11 +67,14 @@ class FencedError(CommandError):
     exit_code = EXIT_FENCED
 
 
-def run_command(main: Callable[[list[str]], int | None]) -> None:
+def run_command(main: Callable[[list[str]], int | None], again: str = "") -> None:
     """Run `main(argv)` as a command: turns expected failures into one line and an exit status.
 
-    A reader that closes the pipe (`... | head`) ends the command quietly, Ctrl-C ends it with status 130.
+    A reader that closes the pipe (`... | head`) ends the command quietly, Ctrl-C ends it with status 130. `again` says
+    what typing an interrupted command again does; with it SIGTERM (a batch system) ends the command as Ctrl-C does.
     """
+    if again:
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
@@ -81,7 +87,12 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
             _leave_group(end.code)
         raise
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted" + (f"; {again}" if again else ""), file=sys.stderr, flush=True)
+        if (
+            again
+        ):  # libraries' threads (of pyarrow) may be at work, and abort when Python is taken down around them
+            sys.stdout.flush()
+            os._exit(130)
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -93,6 +104,12 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         _leave_group(EXIT_USAGE)
         raise SystemExit(EXIT_USAGE) from None
     raise SystemExit(status or 0)
+
+
+def _interrupt(*_: object) -> None:
+    """SIGTERM as Ctrl-C, once: a second one (SLURM tells a script and its children) would disturb the tidying up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _leave_group(status: int) -> None:

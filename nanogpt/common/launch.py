@@ -57,9 +57,10 @@ def rank_zero_speaks() -> Iterator[None]:
 def smoke_values(values: dict[str, object], argv: list[str], small: dict[str, object]) -> dict[str, object]:
     """The knobs of a --smoke: `values` with those of `small` in their place, in a run directory of its own.
 
-    What the command line itself says wins over `small`.
+    What the command line itself says wins over `small`. On CPUs a rank has one thread where `small` says nothing else:
+    with so little to do, several would wait for each other.
     """
-    small = {**small, "out_dir": f"{values['out_dir']}-smoke"}
+    small = {"num_threads": 1, **small, "out_dir": f"{values['out_dir']}-smoke"}
     return values | {name: value for name, value in small.items() if not flag_given(argv, name)}
 
 

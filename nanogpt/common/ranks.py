@@ -31,7 +31,7 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum `tensor` over the ranks, in place."""
+        """Sum `tensor`, of any shape, the same on all ranks, over the ranks: in place, and returned."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor

@@ -5,13 +5,14 @@ import dataclasses
 import hashlib
 import re
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from nanogpt.common.download import process_alive
+from nanogpt.common.download import ABANDONED_SECONDS, process_alive
 from nanogpt.common.errors import UserError
 from nanogpt.common.manifest import MANIFEST, read_json
 from nanogpt.common.shards import HEADER_BYTES, PROGRESS
@@ -47,11 +48,13 @@ def recover(folder: Path, made_from: dict[str, object], report: Callable[[str], 
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Delete temporary files of this host's dead processes: a killed run leaves a whole shard."""
+    """Delete temporary files of this host's dead processes, and old ones: a killed run leaves a whole shard."""
     for path in folder.glob(".*.tmp"):
         host, _, pid = path.name.removesuffix(".tmp").rpartition(".")
         with contextlib.suppress(OSError):
-            if host.endswith(f".{socket.gethostname()}") and pid.isdigit() and not process_alive(int(pid)):
+            old = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+            own = host.endswith(f".{socket.gethostname()}") and pid.isdigit()
+            if old or (own and not process_alive(int(pid))):
                 path.unlink()
 
 

@@ -16,6 +16,34 @@ preparing() { # SCRIPT: the number of one's own job that runs it or waits; nothi
     squeue --me -h --name="$(header_value "$ROOT/$1" job-name)" -o %A 2>/dev/null | head -n 1 || :
 }
 
+check_flags() { # SCRIPT WORDS...: the trainer's own refusal of a flag or a preset, before the job waits for it
+    local script=$1 python trainer preset
+    shift
+    if [ "${1:-}" = -- ]; then shift; fi # as the scripts do
+    python=$(environment_folder)/bin/python
+    read -r trainer preset < <(sed -n 's/^exec bash slurm\/lib\/run\.sh \([^ ]*\) \(.*\)--out_dir.*/\1 \2/p' "$script") || return 0
+    if [[ $trainer == *trainer* ]]; then trainer=${SPEEDRUN_TRAINER:-modded_nanogpt.train_gpt}; fi
+    case $trainer in nanogpt.train | modded_nanogpt.train_gpt) ;; *) return 0 ;; esac
+    if [ ! -x "$python" ]; then return 0; fi
+    (cd "$ROOT" && "$python" slurm/lib/check_flags.py "$trainer" ${preset:+"$preset"} "$@") || exit "$EXIT_USAGE"
+}
+
+note_same_run() { # SCRIPT WORDS...: jobs that train one run take it from each other, which few people mean
+    local run job others
+    # shellcheck disable=SC2016 # the line of a script, as it stands there
+    run=$(sed -n 's/^out=$(run_of \([a-z0-9-]*\))$/\1/p' "$1")
+    if [ -z "$run" ] || [ -n "$(flag_of out_dir "${@:2}")" ]; then return 0; fi
+    others=$(squeue --me -h --name="$(header_value "$1" job-name)" -o '%A %F_%K' 2>/dev/null) || return 0
+    while read -r job others; do # the tasks of an array have runs of their own
+        if [[ $others != *_N/A ]]; then continue; fi
+        if [[ $(scontrol show job -o "$job" 2>/dev/null) != *" --out_dir"* ]]; then
+            note "your job $job trains out/$run too: the one that starts later takes it over, and the other ends;" \
+                "for a run of its own: --out_dir=out/NAME behind the script"
+            return 0
+        fi
+    done <<<"$others"
+}
+
 need_data() { # SET SCRIPT WORDS...: the trainer's words name the set and its place, where they are not the usual ones
     # Outside a job this sets first to the script that must run before, and behind to a job that does so already. In a
     # job it returns when the tokens are there, goes back into the queue behind a job that prepares them, or ends it.
@@ -47,6 +75,13 @@ need_data() { # SET SCRIPT WORDS...: the trainer's words name the set and its pl
         die "DATA_ROOT=$place: no $set there; prepare it first: sbatch $script$(last_attempt "$script")$(not_exported)"
     fi
     first=$script
+}
+
+made_folder() { # FLAG SET WORDS...: of the token set that a preparation makes, which --FLAG may name otherwise
+    local place name
+    place=$(flag_of data_root "${@:3}")
+    name=$(flag_of "$1" "${@:3}")
+    echo "${place:-$(data_root)}/${name:-$2}"
 }
 
 make_here() { # SET: with the environment's Python, and nothing else of it stays in this shell

@@ -149,6 +149,10 @@ install_prebuilt() {
     rm -f "$list"
 }
 
+flash_attn_cache() { # where wheels and unfinished builds stay
+    echo "${FLASH_ATTN_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/engaging-nanogpt/flash-attn}"
+}
+
 build_flash_attn() { # [--prebuilt | --fa2 | --fa3]
     local kind="" architecture cache versions torch cuda python key wheel
     case ${1:-} in
@@ -170,7 +174,7 @@ print(torch.__version__.split("+")[0], torch.version.cuda or "none", "cp%d%d" % 
         install_prebuilt
     else
         if [ "$kind" = fa2 ] && [ "$architecture" -lt 90 ]; then architecture=80; fi # its code runs on 8.6 and 8.9 too
-        cache=${FLASH_ATTN_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/engaging-nanogpt/flash-attn}
+        cache=$(flash_attn_cache)
         mkdir -p "$cache" || die "FLASH_ATTN_CACHE=$cache: cannot be made"
         key=$kind-$FA_VERSION-torch$torch-cu$cuda-$python-sm$architecture
         if [ -z "$(compgen -G "$cache/$key/*.whl" || :)" ]; then find_nvcc "$cuda"; fi

@@ -17,6 +17,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source-path=SCRIPTDIR source=requeue.sh
+. "$ROOT/slurm/lib/requeue.sh"
 
 readonly MAX_FAILURES=3 # in a row, without progress
 readonly RETRY_SECONDS=5
@@ -195,23 +197,6 @@ set_network() { # INTERFACE NODES: where NCCL and gloo talk, unless the user has
 
 # ---- the job's part ---------------------------------------------------------------------------------------------
 
-signalled=""
-child=""
-
-# shellcheck disable=SC2329  # called by traps
-on_signal() { # two different signals may come at once and bash may lose one: either does the same
-    signalled=$1
-    if [ -n "$child" ]; then kill -s "$child_signal" "$child" 2>/dev/null || :; fi
-}
-
-wait_for_child() { # its exit status in child_status, however often a signal interrupts the wait
-    while :; do
-        child_status=0
-        wait "$child" || child_status=$?
-        if ! kill -0 "$child" 2>/dev/null; then return; fi
-    done
-}
-
 outcome_of() { # FOLDER STATUS: what the trainer meant, from its ranks' notes, else from its run directory
     local codes code out_dir
     codes=$(cat "$1"/rank-* 2>/dev/null || :)
@@ -270,13 +255,13 @@ supervise() { # a batch job: attempts until the run is done, moved to a later st
             0) break ;;
             "$EXIT_INTERRUPTED")
                 echo 0 >"$state/failures"
-                requeue_or_explain
+                requeue_or_explain saved "$(flag_value out_dir)/stop"
                 exit "$EXIT_INTERRUPTED"
                 ;;
             2 | 70 | 74 | 76) break ;; # another attempt would end the same way
             137 | 138 | 143) # the signal came before the trainer listened to it, or left it no time
                 if [ -n "$signalled" ]; then
-                    requeue_or_explain "ended before it could save"
+                    requeue_or_explain "ended before it could save" "$(flag_value out_dir)/stop"
                     exit "$EXIT_INTERRUPTED"
                 fi
                 ;;
@@ -286,7 +271,7 @@ supervise() { # a batch job: attempts until the run is done, moved to a later st
         echo "$failures" >"$state/failures"
         if [ "$failures" -ge "$MAX_FAILURES" ]; then
             say "--- the trainer broke $MAX_FAILURES times in a row without a new checkpoint (status $status):" \
-                "giving up; what it said is above"
+                "giving up; what it said is above$(more_memory "$status")"
             break
         fi
         say "--- the trainer broke (status $status), failure $failures of $MAX_FAILURES in a row:" \
@@ -295,6 +280,18 @@ supervise() { # a batch job: attempts until the run is done, moved to a later st
     done
     drop_caches
     exit "$status"
+}
+
+more_memory() { # STATUS: of a trainer that was killed, what to ask for; to be appended to a message
+    local name amount option
+    if [ "$1" != 137 ]; then return 0; fi
+    for name in gpu cpu node; do
+        amount=SLURM_MEM_PER_${name^^} option=--mem-per-$name
+        if [[ ${!amount:-} =~ ^[1-9][0-9]*$ ]]; then
+            printf '; killed, as where memory is used up: %s=%sM asks for twice as much' "${option/-per-node/}" $((2 * ${!amount}))
+            return
+        fi
+    done
 }
 
 run_step() { # FOLDER: the trainer on all nodes, until it has ended; sets child_status
@@ -330,36 +327,6 @@ start_step() { # FOLDER: one task a node, in the background, so that this shell 
         RUN_FOLDER=$1 RUN_STEP=$SLURM_JOB_ID exec srun "${options[@]}" bash "$ROOT/slurm/lib/run.sh" "$trainer" ${words[@]+"${words[@]}"}
     ) &
     child=$!
-}
-
-requeue_or_explain() { # HOW the trainer ended (default: saved); the job starts again later and goes on
-    local name state again how=${1:-saved} left=""
-    name=$(job_name)
-    again="submit it again, and it goes on from the checkpoint"
-    if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
-        left="job $name has restarted ${SLURM_RESTART_COUNT:-0} times (MAX_RESTARTS): $again"
-    elif [ "$(job_field BatchFlag)" = 0 ]; then
-        left="job $name is interactive: $again"
-    elif [ -e "$(flag_value out_dir)/stop" ]; then
-        left="the run was stopped by its file 'stop': remove that, then $again"
-    elif state=$(job_field JobState) && [ -n "$state" ] && [ "$state" != RUNNING ]; then
-        left="job $name is $state and is left so"
-    elif ! command -v scontrol >/dev/null 2>&1; then
-        left="scontrol is not on PATH, so the job cannot requeue itself: $again"
-    fi
-    if [ -n "$left" ]; then
-        say "--- $how; $left"
-        return
-    fi
-    say "--- $how; job $name requeues itself and will go on" # before: SLURM may end this shell before scontrol returns
-    for _ in 1 2 3 4 5 6; do # the controller may be away for a moment
-        if scontrol requeue "$name"; then
-            sleep 60 # SLURM ends this shell now; ending by itself it would look like a finished job
-            return
-        fi
-        sleep 5
-    done
-    say "--- job $name could not be requeued: $again"
 }
 
 run_here() { # without SLURM: once, on this machine; the folder is closed to others

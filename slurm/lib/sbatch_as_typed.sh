@@ -150,6 +150,7 @@ main() {
     warn_about_account "$(said account)" "$(said qos)"
     note_time "$(said time)"
     note_export
+    check_flags "$script" ${arguments[@]+"${arguments[@]}"}
     gpus="" never="" QOS=$(said qos)
     if [ -n "$(header_value "$script" gres)" ] && fill_gpus; then
         fit_node_share "$script"
@@ -162,6 +163,7 @@ main() {
         if [ -n "$filled" ]; then note "$filled"; fi
     fi
     wait_for_data
+    if [ -z "$(said array)" ]; then note_same_run "$script" ${arguments[@]+"${arguments[@]}"}; fi
     if [ -z "$(said output)$(said chdir)" ]; then
         need_log_folder
         if [ "$PWD" != "$ROOT" ]; then note "submitted from $ROOT, where its log goes"; fi

@@ -3,7 +3,7 @@
 # become sbatch's options, checked against the live cluster, so that what can never start is refused before it queues.
 # The one file that the scripts source.
 
-for part in common cluster options code data; do
+for part in common cluster options code data requeue; do
     # shellcheck source-path=SCRIPTDIR source=/dev/null
     . "$(dirname "${BASH_SOURCE[0]}")/$part.sh"
 done
@@ -170,6 +170,7 @@ submit_unless_in_job() { # SCRIPT [WORDS...]: outside a job this submits and end
     local script words typed planned place gpus
     if in_job || [ "${LOCAL:-0}" = 1 ]; then return 0; fi
     begin_submission "$@"
+    check_flags "$place" ${words[@]+"${words[@]}"}
     plan_job "$place"
     gpus=$(flag_of gres "${options[@]}")
     gpus=${gpus##*:}
@@ -183,7 +184,10 @@ submit_unless_in_job() { # SCRIPT [WORDS...]: outside a job this submits and end
     fi
     if [ -n "${behind:-}" ] && [ -z "$(said dependency)" ]; then planned+=("--dependency=afterany:$behind"); fi
     options=("${planned[@]}")
-    if [ "${DRY_RUN:-0}" != 1 ]; then keep_code; fi
+    if [ "${DRY_RUN:-0}" != 1 ]; then
+        keep_code
+        if [ -z "$(said array)" ]; then note_same_run "$place" ${words[@]+"${words[@]}"}; fi
+    fi
     submit "$place" ${words[@]+"${words[@]}"}
     exit 0
 }

@@ -1,4 +1,4 @@
-"""torchrun, whose end by a signal is a status and no traceback: the ranks have said what became of the run.
+"""torchrun, whose end is a status and at most one line, no traceback: the ranks have said what became of the run.
 
 python torchrun.py [torchrun's arguments]
 """
@@ -13,6 +13,15 @@ def main() -> int:
     try:
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
     except Exception as error:
+        if (
+            type(error).__name__ == "ChildFailedError"
+        ):  # its table of all ranks would bury the line that counts
+            rank, first = error.get_first_failure()  # type: ignore[attr-defined]
+            print(
+                f"rank {rank} ended first, with status {first.exitcode}; what it said is above",
+                file=sys.stderr,
+            )
+            return 1
         if type(error).__name__ != "SignalException":
             raise
         return 128 + int(error.sigval)  # type: ignore[attr-defined]

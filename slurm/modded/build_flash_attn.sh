@@ -10,6 +10,7 @@
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@60
 
 # FlashAttention for one type of GPU, into the environment. No run needs it: torch's own attention is as fast here.
 #   GPU_TYPE=h100 bash slurm/modded/build_flash_attn.sh --prebuilt          a pinned wheel, checked: two minutes
@@ -32,4 +33,4 @@ if [[ " $* " != *" --prebuilt "* ]]; then submit_build_unless_in_job "${BASH_SOU
 submit_unless_in_job "${BASH_SOURCE[0]}" "$@"
 if [ "${1:-}" = -- ]; then shift; fi
 begin_job
-build_flash_attn "$@"
+go_on_later "$(flash_attn_cache)" '*.o' build_flash_attn "$@"

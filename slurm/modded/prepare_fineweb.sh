@@ -9,6 +9,7 @@
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@60
 
 # FineWeb's GPT-2 tokens for the speedrun, in $DATA_ROOT/fineweb10B: FINEWEB_CHUNKS (default 9) shards of 100 M tokens.
 #   sbatch slurm/modded/prepare_fineweb.sh
@@ -27,4 +28,4 @@ fi
 submit_unless_in_job "${BASH_SOURCE[0]}" "$@"
 if [ "${1:-}" = -- ]; then shift; fi
 begin_job
-exec python modded_nanogpt/data/cached_fineweb10B.py "${FINEWEB_CHUNKS:-9}" "$@"
+go_on_later "$(made_folder set fineweb10B "$@")" '*' python modded_nanogpt/data/cached_fineweb10B.py "${FINEWEB_CHUNKS:-9}" "$@"

@@ -9,6 +9,7 @@
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@60
 
 # OpenWebText as GPT-2 tokens, in $DATA_ROOT/openwebtext: hours of download and encoding; requeued, it goes on.
 #   sbatch slurm/nanogpt/prepare_openwebtext.sh
@@ -26,4 +27,4 @@ fi
 submit_unless_in_job "${BASH_SOURCE[0]}" "$@"
 if [ "${1:-}" = -- ]; then shift; fi
 begin_job
-exec python nanogpt/data/openwebtext/prepare.py "$@"
+go_on_later "$(made_folder name openwebtext "$@")" '*' python nanogpt/data/openwebtext/prepare.py "$@"

@@ -405,7 +405,7 @@ PINNED = [  # (page, text there, file, text there)
         "slurm/modded/train_speedrun.sh",
         "--cpus-per-gpu=8",
     ),
-    ("engaging.md", "`MAX_RESTARTS` times at most (100)", "slurm/lib/run.sh", "MAX_RESTARTS:-100"),
+    ("engaging.md", "`MAX_RESTARTS` times at most (100)", "slurm/lib/requeue.sh", "MAX_RESTARTS:-100"),
     ("engaging.md", "at most every ten seconds", "tools/site/watch.py", "SQUEUE_EVERY_S = 10.0"),
     ("troubleshooting.md", "3 times in a row without a new checkpoint", "slurm/lib/run.sh", "MAX_FAILURES=3"),
     (
@@ -416,7 +416,12 @@ PINNED = [  # (page, text there, file, text there)
     ),
     ("troubleshooting.md", "this job has ... on each node", "slurm/lib/common.sh", "on each node"),
     ("troubleshooting.md", "no fineweb10B there", "slurm/lib/data.sh", "no $set there; prepare it first"),
-    ("troubleshooting.md", "stopped by its file 'stop'", "slurm/lib/run.sh", "stopped by its file 'stop'"),
+    (
+        "troubleshooting.md",
+        "stopped by its file 'stop'",
+        "slurm/lib/requeue.sh",
+        "stopped by its file 'stop'",
+    ),
     ("troubleshooting.md", "warns after 60 days", "tools/site/checks_machine.py", "OLD_DAYS = 60"),
     ("troubleshooting.md", "needs root", "tools/practice/packages.py", "needs root"),
     ("guide-1-baseline.md", "within 1e-5 of their size", "tests/test_ddp.py", "CLOSE = 1e-5"),

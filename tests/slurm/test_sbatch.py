@@ -43,7 +43,7 @@ def typed(cluster, project):
         (f"sbatch -H -p mit_normal_gpu --gres=gpu:1 {GPT2}", "mit_normal_gpu TimeLimit=06:00:00", "all that"),
         (f"sbatch -H -t 4:00 {SHAKESPEARE}", "TimeLimit=00:04:00", "--time=4:00: 4 minutes, as SLURM reads it"),
         (f"sbatch -H --export=A=1 {SHAKESPEARE}", "gpu:1", "leaves ENV_PATH, DATA_ROOT, SPEEDRUN_TRAINER behind"),
-        (f"sbatch -H --account=mit_general {SHAKESPEARE} --x=1", "Account=mit_general", "without --qos"),
+        (f"sbatch -H --account=mit_general {SHAKESPEARE} --seed=1", "Account=mit_general", "without --qos"),
         (f"cd slurm/nanogpt && sbatch -H {SHAKESPEARE[14:]}", "logs/nanogpt-train-shakespeare-", "its log goes"),
     ],
     ids=range(14),
@@ -192,9 +192,9 @@ def test_words_after_a_scripts_name_are_sbatchs_or_after_two_dashes_the_trainers
         "-q",
         "normal",
         "--",
-        "--x=1",
+        "--seed=1",
     )
-    assert done.endswith(f"--mail-type=END {SHAKESPEARE} --x=1")
+    assert done.endswith(f"--mail-type=END {SHAKESPEARE} --seed=1")
     for option in ("--gres=gpu:h200:2", "--time=0-00:04:00", "--account=mit_general", "--qos=normal"):
         assert option in done
     assert "--partition=mit_preemptable" in line(SBATCH_PARTITION="mit_preemptable")

@@ -32,6 +32,7 @@ INCIDENTAL = {
 
 
 def read_runs(folders: Sequence[Path], with_curves: bool) -> list[Run]:
+    """`read_run` of each, in their order."""
     return [read_run(folder, with_curves) for folder in folders]
 
 

@@ -142,8 +142,16 @@ def latest(root: Path, name: str) -> Launch | None:
 
 
 def find(root: Path, name: str) -> Launch:
-    """The newest launch of `name`, or UserError with the nearest name."""
+    """The newest launch of `name`, or the one with that job id, or UserError with the nearest name."""
     launch = latest(root, name) if NAME.fullmatch(name) else None
+    number = name.isascii() and name.isdigit()
+    if launch is None and number:
+        launch = by_job(root, name)
+    if launch is None and (number or name == "JOBID"):  # as the guides write it
+        what = "no launch here has this job id" if number else "stands for a job's number"
+        raise UserError(
+            f"{name}: {what}; squeue --me lists your jobs, scancel NUMBER ends one, engaging watch NUMBER shows it"
+        )
     if launch is None:
         known = names(root)
         there = ", ".join(known[:8]) or "none yet: engaging launch nanogpt --name first"

@@ -59,7 +59,10 @@ def resolve(root: Path, name: str) -> Target:
         if bare in known and f"/{folder}/{bare}".endswith(f"/{asked}"):
             return replace(like, name=bare, words=(bare,), small=bare in SMALL)
         there += known
-    raise UserError(f"preset {name!r} does not exist{nearest(bare, there)} (there are: {', '.join(there)})")
+    # A word that several have in common; not one's whole name, which stands for a wrong folder.
+    having = [repr(known) for known in there if bare and bare in known] if bare not in there else []
+    hint = f"; did you mean {' or '.join(having)}?" if having[1:] else nearest(bare, there)
+    raise UserError(f"preset {name!r} does not exist{hint} (there are: {', '.join(there)})")
 
 
 def need_trainer(root: Path, target: Target) -> None:

@@ -28,7 +28,7 @@ def choose(args: argparse.Namespace, cluster: Cluster, site: profile.Site, targe
     taken = [option for option in found if option.ok]
     if len(taken) > 1 and not args.partition:
         ask_starts(found)
-    chosen = best(found, args.seeds)
+    chosen = best(found, args.seeds, args.throttle)
     if chosen is None:
         raise UserError(_why_none(found, args))
     return chosen

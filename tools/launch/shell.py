@@ -75,5 +75,5 @@ def _parser() -> Parser:
     parser = Parser("shell", __doc__ or "")
     add_request(parser, time="default 1h")
     parser.add_argument("--dry-run", action="store_true", help="print salloc's line and stop")
-    parser.set_defaults(seeds=1, preset="gpt2")  # choose() compares options as for one run
+    parser.set_defaults(seeds=1, throttle=None, preset="gpt2")  # choose() compares options as for one run
     return parser

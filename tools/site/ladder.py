@@ -231,7 +231,7 @@ def _reached(name: str, runs: list[Run], target: float, command: str) -> Rung:
     """Done when a run's best validation loss is at or under the target."""
     best = min((run for run in runs if run.best_val), key=lambda run: run.best_val.val_loss, default=None)
     if best is None or best.best_val is None:
-        return Rung(name, "todo", "no run with a validation yet", command)
+        return Rung(name, "todo", "no such run has a validation loss yet", command)
     text = f"{best.name}: val {best.best_val.val_loss:.4f}"
     if best.best_val.val_loss <= target:
         return Rung(name, "done", text)

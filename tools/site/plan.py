@@ -67,13 +67,13 @@ class Option:
         """Whether nothing known refuses it."""
         return not self.refusals
 
-    def together(self, seeds: int) -> int:
-        """How many of `seeds` runs can run side by side."""
-        return max(1, min(seeds, self.at_once or seeds, self.room or seeds))
+    def together(self, seeds: int, throttle: int | None = None) -> int:
+        """How many of `seeds` runs can run side by side; `throttle`: so many at most, where the user says so."""
+        return max(1, min(seeds, throttle or seeds, self.at_once or seeds, self.room or seeds))
 
-    def waves(self, seeds: int) -> int:
-        """Rounds for `seeds` runs."""
-        return -(-seeds // self.together(seeds))
+    def waves(self, seeds: int, throttle: int | None = None) -> int:
+        """Rounds for `seeds` runs, `throttle` of them at once at most."""
+        return -(-seeds // self.together(seeds, throttle))
 
     def gpu_hours(self, seeds: int) -> float:
         """GPU-hours if every run takes all of its time limit."""
@@ -143,15 +143,16 @@ def ask_starts(found: list[Option]) -> None:
                 )
 
 
-def best(found: list[Option], seeds: int = 1) -> Option | None:
-    """The option whose last run would end first; then the one that is not preempted; then the faster
-    GPU, or for what is small the more modest one, which others do not wait for."""
+def best(found: list[Option], seeds: int = 1, throttle: int | None = None) -> Option | None:
+    """The option whose last run would end first, of `seeds` and `throttle` at once; then the one that is not
+    preempted; then the faster GPU, or for what is small the more modest one, which others do not wait for."""
     taken = [option for option in found if option.ok]
     now = datetime.now()
 
     def order(option: Option) -> tuple:
         wait = max(0.0, (option.start - now).total_seconds()) if option.start else 0.0
-        end = wait / SAME_START_S // 1 * SAME_START_S / 60 + option.waves(seeds) * option.request.minutes
+        rounds = option.waves(seeds, throttle)
+        end = wait / SAME_START_S // 1 * SAME_START_S / 60 + rounds * option.request.minutes
         return (
             not option.spares_gpus,
             end,

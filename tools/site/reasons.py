@@ -1,7 +1,7 @@
 """SLURM's reasons and ends, and our trainers' exit statuses, in words: a table for `engaging why`.
 
 Remedies may name {id}, {log}, {more}, and what `why` fills in from the cluster: {gpus} {cpus} {memory}
-{time} {fits} {group} {window}.
+{time} {fits} {group} {window} {more_memory}.
 """
 
 YOURS, CLUSTER, JOB, ADMIN = "your own limit", "the cluster is busy", "the job itself", "the cluster's staff"
@@ -121,7 +121,7 @@ ENDS = {
         "it reached its --time and was not requeued",
         "launch the same name again, or a longer --time",
     ),
-    "OUT_OF_MEMORY": ("it used more host memory than it asked for", "--mem with twice of it"),
+    "OUT_OF_MEMORY": ("it used more host memory than it asked for", "{more_memory}"),
     "NODE_FAIL": ("its node failed", "launch the same name again; --exclude the node if it comes twice"),
     "PREEMPTED": (
         "the node's owner needed it",
@@ -153,5 +153,5 @@ EXITS = {
         "a program in it crashed (segmentation fault)",
         "engaging doctor, in a job too; the log's end: {log}",
     ),
-    "137": ("it was killed, often for its memory", "--mem with twice of it"),
+    "137": ("it was killed, often for its memory", "{more_memory}; the log may say otherwise: {log}"),
 }

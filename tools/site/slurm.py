@@ -307,6 +307,11 @@ def memory_mb(text: str) -> int | None:
     return int(float(match[1]) * factor)
 
 
+def amount(megabytes: int) -> str:
+    """A number of MB as `--mem` takes it: 64G where that is the same, else 386000M."""
+    return f"{megabytes // 1024}G" if megabytes % 1024 == 0 else f"{megabytes}M"
+
+
 def count_tasks(key: str) -> int:
     """`12_[0-3,7%2]` -> 5; anything else is one job."""
     match = re.search(r"\[([0-9,\-:]+)(%[0-9]+)?\]", key)

@@ -81,16 +81,20 @@ def advice(usage: Usage) -> list[str]:
     found = []
     if usage.state == "TIMEOUT":
         found.append("it hit --time: a longer one, or let it go on by itself (--max-restarts)")
+    memory = (usage.memory_mb or 0) / usage.nodes  # --mem and --cpus count a node
+    full = bool(memory and usage.peak_mb and usage.peak_mb > memory * 0.9)
+    if usage.state == "OUT_OF_MEMORY" or (usage.state == "FAILED" and full):
+        twice = f"--mem {slurm.amount(int(2 * memory))}" if memory else "--mem with twice of it"
+        return [*found, f"{twice}: its memory was used up"]
     if usage.elapsed_s < SHORTEST_S:
         return found  # too short to tell
     if usage.limit_minutes and usage.state == "COMPLETED":
         need = max(5, int(usage.elapsed_s / 60 * ROOM) + 1)
         if need < usage.limit_minutes * 0.7:
             found.append(f"--time {clock(need)}: a shorter job starts sooner")
-    memory = (usage.memory_mb or 0) / usage.nodes  # --mem and --cpus count a node
     if memory and usage.peak_mb and usage.peak_mb * ROOM < memory * 0.5:
         found.append(f"--mem {max(4, round(usage.peak_mb * ROOM / 1000))}G: the rest lay idle")
-    if memory and usage.peak_mb and usage.peak_mb > memory * 0.9:
+    if full:
         found.append(f"--mem {round(usage.peak_mb * ROOM / 1000)}G: it was close to its limit")
     if usage.cpu_use is not None and usage.cpus > 2:
         need = max(1, round(usage.cpu_use * usage.cpus * ROOM + 0.5))
@@ -109,9 +113,10 @@ def show(usage: Usage) -> list[str]:
     lines = [f"job {usage.job} ({usage.name}) in {usage.partition}: {usage.state}"]
     limit = f" of {words(usage.limit_minutes)}" if usage.limit_minutes else ""
     lines.append(f"  time    {words(usage.elapsed_s / 60)}{limit}")
-    peak = f"{usage.peak_mb / 1000:.1f}" if usage.peak_mb is not None else "unknown"
+    digits = 1 if (usage.memory_mb or usage.peak_mb or 0) >= 1000 else 2
+    peak = f"{usage.peak_mb / 1000:.{digits}f}" if usage.peak_mb is not None else "unknown"
     each = " on each node" if usage.nodes > 1 else ""
-    asked = f" of {usage.memory_mb / usage.nodes / 1000:.1f} GB{each}" if usage.memory_mb else ""
+    asked = f" of {usage.memory_mb / usage.nodes / 1000:.{digits}f} GB{each}" if usage.memory_mb else ""
     lines.append(f"  memory  {peak}{asked}")
     share = f"{usage.cpu_use:.0%}" if usage.cpu_use is not None else "unknown"
     lines.append(f"  cores   {share} of {usage.cpus}")

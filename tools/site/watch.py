@@ -18,7 +18,7 @@ from nanogpt.common.errors import UserError
 from tools.args import Parser, words
 from tools.launch import book
 from tools.place import checkout
-from tools.runs import Run, is_run, printable, read_run, runs_under, tail
+from tools.runs import Run, named_run, printable, read_run, runs_under, tail
 from tools.site import slurm
 from tools.site.cluster import my_jobs
 from tools.site.slurm import Job, SlurmUnreachable
@@ -166,10 +166,10 @@ def find_target(view: View, wanted: str | None) -> None:
     """Which job, run directory and log: from an id, a name, a folder, or the newest there is."""
     root = checkout()
     launch = None
-    in_out = bool(wanted) and wanted not in book.names(root) and is_run(root / "out" / wanted)
-    if wanted and (in_out or (root / wanted).is_dir()):
-        view.run_path = root / "out" / wanted if in_out else root / wanted
-        return
+    if wanted and wanted not in book.names(root):  # a launch may have a folder's name: nanogpt
+        view.run_path = named_run(root, wanted) or (root / wanted if (root / wanted).is_dir() else None)
+        if view.run_path is not None:
+            return
     if wanted and not slurm.JOB_ID.fullmatch(wanted):
         launch = book.find(root, wanted)
         view.job = launch.job_id

@@ -20,6 +20,12 @@ from tools.site.limits import Request, effective_qos, gpu_cap, largest_node, ref
 from tools.site.reasons import ENDS, EXITS, REASONS
 from tools.site.slurm import SlurmUnreachable
 
+BY_SIGNAL = (
+    "6",
+    "9",
+    "11",
+    "15",
+)  # no trainer ends with these; a shell adds 128 to them, and sacct takes it off again
 BEFORE_WINDOW_MIN, SHORTEST_MIN = 5, 10  # room before a reservation; less than that is no job
 
 
@@ -64,11 +70,14 @@ def explain(row: dict[str, str], cluster: Cluster) -> Explanation:
             )
         elif state == "FAILED":
             text, remedy = _failed(exit_code, text, remedy)
-        return Explanation(job, state, reason, "", text, remedy.format(id=job, log=log))
+        remedy = remedy.format(id=job, log=log, more_memory=_more_memory(row))
+        return Explanation(job, state, reason, "", text, remedy)
     if state != "PENDING":
         return Explanation(job, state, reason, "", _running(row), f"engaging watch {job}")
     whose, text, remedy = _pending(reason)
     request = request_of(row)
+    if reason == "Dependency" and (others := re.findall(r":([0-9]+)", row.get("Dependency", ""))):
+        text = f"it waits for {'job' if len(others) == 1 else 'jobs'} {', '.join(others)} to end"
     values = {"id": job, "log": log, "more": "N"}
     if "{gpus}" in remedy or "{cpus}" in remedy or "{memory}" in remedy:
         text, remedy = _quota(row, request, cluster, text, remedy)
@@ -280,6 +289,17 @@ def _failed(exit_code: str, text: str, remedy: str) -> tuple[str, str]:
     return EXITS.get(status, (text, remedy))
 
 
+def _more_memory(row: dict[str, str]) -> str:
+    """The flags that ask for twice the memory, for `engaging launch` and for sbatch."""
+    request = request_of(row)
+    if not request.memory_mb:
+        return "--mem with twice of it"
+    each = -(-2 * request.memory_mb // request.nodes)
+    per_gpu = request.gpus if "gpu" in row.get("MemPerTres", "") else 0
+    flag = f"--mem-per-gpu={slurm.amount(-(-each // per_gpu))}" if per_gpu else f"--mem={slurm.amount(each)}"
+    return f"twice of it: --mem {slurm.amount(each)} when you launch it (sbatch: {flag})"
+
+
 def _running(row: dict[str, str]) -> str:
     ran, limit = row.get("RunTime", "?"), row.get("TimeLimit", "?")
     restarts = slurm._int(row.get("Restarts")) or 0
@@ -303,17 +323,20 @@ def _start_estimate(job: str) -> None:
 
 
 def _from_accounting(job: str) -> list[dict[str, str]]:
-    answer = slurm.ask(
-        ["sacct", "-X", "--parsable2", "-j", job, "-o", "JobID,State,ExitCode,Partition,NodeList"]
-    )
-    return [
-        {
-            "JobId": row.get("JobID", job),
-            "JobState": row.get("State", ""),
-            "ExitCode": row.get("ExitCode", ""),
-        }
-        for row in slurm.table(answer.out)
-    ]
+    fields = {
+        "JobID": "JobId",
+        "State": "JobState",
+        "ExitCode": "ExitCode",
+        "ReqTRES": "TRES",
+        "NNodes": "NumNodes",
+    }
+    answer = slurm.ask(["sacct", "-X", "--parsable2", "-j", job, "-o", ",".join(fields)])
+    rows = [{ours: row.get(name, "") for name, ours in fields.items()} for row in slurm.table(answer.out)]
+    for row in rows:
+        status, _, signal = row["ExitCode"].partition(":")
+        if status in BY_SIGNAL and signal == "0":  # sacct shows 137 as 9
+            row["ExitCode"] = f"{128 + int(status)}:0"
+    return rows
 
 
 def _job_id(text: str) -> str:

@@ -20,7 +20,7 @@ if __package__ in (None, ""):
         Path(__file__).resolve().parents[3]
     )  # the repository root, so that `import nanogpt` works
 
-from nanogpt.common.errors import run_command
+from nanogpt.common.errors import GOES_ON, run_command
 from nanogpt.common.flags import knob, parse
 from nanogpt.data.making import SetFlags, format_knob, print_raw, tokenize_all
 
@@ -100,4 +100,4 @@ def _say(config: Config, root: Path, what: str) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, again=GOES_ON)

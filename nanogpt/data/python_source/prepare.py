@@ -19,7 +19,7 @@ if __package__ in (None, ""):
         Path(__file__).resolve().parents[3]
     )  # the repository root, so that `import nanogpt` works
 
-from nanogpt.common.errors import UserError, run_command
+from nanogpt.common.errors import GOES_ON, UserError, run_command
 from nanogpt.common.flags import knob, parse
 
 NAME = "python_source"
@@ -101,4 +101,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, again=GOES_ON)

@@ -14,7 +14,7 @@ if __package__ in (None, ""):
         Path(__file__).resolve().parents[3]
     )  # the repository root, so that `import nanogpt` works
 
-from nanogpt.common.errors import run_command
+from nanogpt.common.errors import GOES_ON, run_command
 from nanogpt.common.flags import knob, parse
 
 NAME = "shakespeare_char"
@@ -48,4 +48,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, again=GOES_ON)

@@ -19,7 +19,7 @@ if __package__ in (None, ""):
         Path(__file__).resolve().parents[3]
     )  # the repository root, so that `import nanogpt` works
 
-from nanogpt.common.errors import UserError, run_command
+from nanogpt.common.errors import GOES_ON, UserError, run_command
 from nanogpt.common.flags import knob, parse, words
 from nanogpt.data.making import SetFlags, format_knob, print_raw, tokenize_all
 
@@ -116,4 +116,4 @@ def make_encoder(tokenizer: str, chars: str, root: Path):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, again=GOES_ON)

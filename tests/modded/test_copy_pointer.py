@@ -161,7 +161,7 @@ def test_two_ranks_and_a_resumed_run_train_as_one(zygote, tmp_path):
         words = [*FLAGS, f"--out_dir={tmp_path}/{name}", *flags]
         return launch(zygote, "train_gpt", words, tmp_path / "data", ranks=ranks)
 
-    few = ("--smoke", "--lanes=4")  # a sixteenth of the tokens; the run that goes on is told so without --smoke
+    few = "--smoke", "--lanes=4"  # a sixteenth of the tokens; without --smoke a run goes on
     finished(start("alone", *few))
     alone = losses_of(tmp_path / "alone")
     finished(start("two", *few, ranks=2))

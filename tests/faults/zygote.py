@@ -9,6 +9,7 @@ A child does what the command does, in the same order, but for one thing: the tr
 where the real one would execute itself again from the run's copy of the source (tests with real processes cover that).
 """
 
+import gc
 import importlib
 import json
 import os
@@ -98,12 +99,16 @@ class Zygote:
 
     def start(
         self, argv: list[str], *, module: str = "nanogpt.train", cwd: Path | str = ROOT,
-        env: dict[str, str] | None = None,
+        env: dict[str, str] | None = None, preload: tuple[str, ...] = (),
     ) -> Child:  # fmt: skip
-        """Fork a child that does what `python -m <module> <argv>` does."""
+        """Fork a child that does what `python -m <module> <argv>` does.
+
+        preload: modules that this child and all later ones find imported.
+        """
         self.count += 1
         output = Path(self.folder.name) / str(self.count)
         request = {"number": self.count, "argv": list(map(str, argv)), "module": module, "cwd": str(cwd)}
+        request["preload"] = preload
         try:
             self.process.stdin.write(json.dumps({**request, "env": env or {}, "output": str(output)}) + "\n")
             self.process.stdin.flush()
@@ -202,6 +207,10 @@ def serve() -> None:
             while b"\n" in waiting:
                 line, _, waiting = waiting.partition(b"\n")
                 request = json.loads(line)
+                if missing := [name for name in request["preload"] if name not in sys.modules]:
+                    for name in missing:
+                        importlib.import_module(name)
+                    gc.freeze()  # so that a child's collections do not go through all of torch
                 pid = os.fork()
                 if pid == 0:
                     _child(request)

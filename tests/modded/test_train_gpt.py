@@ -254,7 +254,7 @@ def test_on_a_gpu_it_learns_as_on_a_cpu_and_stops_when_asked(data, undisturbed, 
 
 
 def test_a_loss_that_is_no_number_stops_the_run(fork, tmp_path):
-    _, errors = finished(fork(tmp_path / "nan", "--muon_lr=1e3", "--adam_lr=1e3"), status=70)
+    _, errors = finished(fork(tmp_path / "nan", *SHORT, "--muon_lr=1e3", "--adam_lr=1e3"), status=70)
     assert errors.count("error: ") == 1 and "lower --muon_lr" in errors and "Traceback" not in errors
 
 

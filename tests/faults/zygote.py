@@ -80,7 +80,7 @@ class Zygote:
         )  # fmt: skip
         self.started: dict[int, int] = {}
         self.ended: dict[int, int] = {}
-        self.count = 0
+        self.count, self.preload = 0, ()  # modules that the next children find imported
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -99,18 +99,15 @@ class Zygote:
 
     def start(
         self, argv: list[str], *, module: str = "nanogpt.train", cwd: Path | str = ROOT,
-        env: dict[str, str] | None = None, preload: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
     ) -> Child:  # fmt: skip
-        """Fork a child that does what `python -m <module> <argv>` does.
-
-        preload: modules that this child and all later ones find imported.
-        """
+        """Fork a child that does what `python -m <module> <argv>` does."""
         self.count += 1
         output = Path(self.folder.name) / str(self.count)
         request = {"number": self.count, "argv": list(map(str, argv)), "module": module, "cwd": str(cwd)}
-        request["preload"] = preload
         try:
-            self.process.stdin.write(json.dumps({**request, "env": env or {}, "output": str(output)}) + "\n")
+            request |= {"env": env or {}, "output": str(output), "preload": self.preload}
+            self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             self.process.wait()
@@ -188,6 +185,13 @@ def _report(**values: int) -> None:
     os.write(1, (json.dumps(values) + "\n").encode())
 
 
+def _preload(modules: list[str]) -> None:
+    if missing := [name for name in modules if name not in sys.modules]:
+        for name in missing:
+            importlib.import_module(name)
+        gc.freeze()  # so that a child's collections do not go through all of torch
+
+
 def serve() -> None:
     """Read requests from stdin until it is closed; report starts and ends on stdout."""
     import select
@@ -206,11 +210,8 @@ def serve() -> None:
             waiting += data
             while b"\n" in waiting:
                 line, _, waiting = waiting.partition(b"\n")
+                _preload(json.loads(line)["preload"])
                 request = json.loads(line)
-                if missing := [name for name in request["preload"] if name not in sys.modules]:
-                    for name in missing:
-                        importlib.import_module(name)
-                    gc.freeze()  # so that a child's collections do not go through all of torch
                 pid = os.fork()
                 if pid == 0:
                     _child(request)

@@ -59,11 +59,9 @@ def launch(zygote, name: str, flags: list[str], data: Path, ranks: int = 1, **va
         shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": f"{os.getpid()}-{next(LAUNCHES)}"}  # fmt: skip
     each = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
-    words, parts = [name, *map(str, flags)], tuple(f"modded_nanogpt.{part}" for part in PARTS[name])
-    return [
-        zygote.start(words, module="tests.modded.forked", env={**shared, **mine}, preload=parts)
-        for mine in each
-    ]
+    zygote.preload = [f"modded_nanogpt.{part}" for part in PARTS[name]]
+    words = [name, *map(str, flags)]
+    return [zygote.start(words, module="tests.modded.forked", env={**shared, **mine}) for mine in each]
 
 
 def finished(children: list, status: int = 0) -> tuple[str, str]:

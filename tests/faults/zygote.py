@@ -9,6 +9,7 @@ A child does what the command does, in the same order, but for one thing: the tr
 where the real one would execute itself again from the run's copy of the source (tests with real processes cover that).
 """
 
+import gc
 import importlib
 import json
 import os
@@ -79,7 +80,7 @@ class Zygote:
         )  # fmt: skip
         self.started: dict[int, int] = {}
         self.ended: dict[int, int] = {}
-        self.count = 0
+        self.count, self.preload = 0, ()  # modules that the next children find imported
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -105,7 +106,8 @@ class Zygote:
         output = Path(self.folder.name) / str(self.count)
         request = {"number": self.count, "argv": list(map(str, argv)), "module": module, "cwd": str(cwd)}
         try:
-            self.process.stdin.write(json.dumps({**request, "env": env or {}, "output": str(output)}) + "\n")
+            request |= {"env": env or {}, "output": str(output), "preload": self.preload}
+            self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             self.process.wait()
@@ -183,6 +185,13 @@ def _report(**values: int) -> None:
     os.write(1, (json.dumps(values) + "\n").encode())
 
 
+def _preload(modules: list[str]) -> None:
+    if missing := [name for name in modules if name not in sys.modules]:
+        for name in missing:
+            importlib.import_module(name)
+        gc.freeze()  # so that a child's collections do not go through all of torch
+
+
 def serve() -> None:
     """Read requests from stdin until it is closed; report starts and ends on stdout."""
     import select
@@ -201,6 +210,7 @@ def serve() -> None:
             waiting += data
             while b"\n" in waiting:
                 line, _, waiting = waiting.partition(b"\n")
+                _preload(json.loads(line)["preload"])
                 request = json.loads(line)
                 pid = os.fork()
                 if pid == 0:

@@ -18,6 +18,11 @@ from pathlib import Path
 from nanogpt.common import rundir
 
 LAUNCHES = itertools.count()
+# What a run imports besides torch: once for all children.
+PARTS = {
+    "train_gpt": ("data_plan", "lanes", "precompile", "report", "rules", "setup", "train_gpt", "vocabulary"),
+    "train_gpt_simple": ("simple_graphs", "simple_launch", "simple_setup", "train_gpt_simple", "variants"),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -54,6 +59,7 @@ def launch(zygote, name: str, flags: list[str], data: Path, ranks: int = 1, **va
         shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": f"{os.getpid()}-{next(LAUNCHES)}"}  # fmt: skip
     each = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    zygote.preload = [f"modded_nanogpt.{part}" for part in PARTS[name]]
     words = [name, *map(str, flags)]
     return [zygote.start(words, module="tests.modded.forked", env={**shared, **mine}) for mine in each]
 

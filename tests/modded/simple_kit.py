@@ -38,27 +38,14 @@ def environment(data: Path, **more: str) -> dict[str, str]:
     return {**kept, "DATA_ROOT": str(data), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def start(data: Path, *flags: object, ranks: int = 1, **more: str) -> subprocess.Popen:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    )
-    command = [sys.executable, *launcher, "-m", "modded_nanogpt.train_gpt_simple", *FLAGS, *map(str, flags)]
-    return subprocess.Popen(
-        command,
-        env=environment(data, **more),
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def run(data: Path, *flags: object, ranks: int = 1, timeout: float = 600, **more: str) -> str:
+def run(data: Path, *flags: object, timeout: float = 600, **more: str) -> str:
     """What the command has printed."""
-    process = start(data, *flags, ranks=ranks, **more)
-    said, errors = process.communicate(timeout=timeout)
-    assert process.returncode == 0, (said, errors)
-    return said
+    command = [sys.executable, "-m", "modded_nanogpt.train_gpt_simple", *FLAGS, *map(str, flags)]
+    done = subprocess.run(
+        command, env=environment(data, **more), cwd=ROOT, text=True, capture_output=True, timeout=timeout
+    )
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return done.stdout
 
 
 def records(out: Path, event: str) -> list[dict]:

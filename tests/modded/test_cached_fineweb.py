@@ -263,7 +263,7 @@ def test_a_flipped_bit_on_disk_is_found_and_mended(hub, tmp_path):
 
 SIXTEEN = """
 import os, sys
-import huggingface_hub  # what takes long
+from huggingface_hub import get_hf_file_metadata, hf_hub_url  # what takes long; the package itself loads nothing
 from modded_nanogpt.data import cached_fineweb10B
 from nanogpt.common.errors import run_command
 children = []

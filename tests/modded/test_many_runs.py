@@ -11,7 +11,7 @@ from nanogpt.common.errors import UserError
 from tests.modded.forked import finished, launch
 from tests.modded.test_train_gpt import FLAGS, data, losses, records, run  # noqa: F401 (data is a fixture)
 
-FEW = ("--runs=2", "--steps=4", "--extension_steps=1", "--target_loss=9")
+FEW = ("--runs=2", "--steps=4", "--extension_steps=0", "--target_loss=9", "--lanes=2", "--eval_interval=9")
 
 
 def test_a_later_run_of_a_process_is_what_it_is_alone(data, zygote, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -22,10 +22,11 @@ def rows(settled: Config) -> int:
 
 def test_the_records_updates():
     """Every odd step before 336 of 1,194, then the steps that are 3 mod 4."""
-    events = [step for step in range(1194) if schedule.at(config("record"), step).table]
+    record = config("record")
+    events = [step for step in range(1194) if schedule.at(record, step).table]
     assert events == [s for s in range(1194) if (s % 2 == 1 if s < 336 else s % 4 == 3)]
-    kinds = [schedule.at(config("record"), step).table for step in events]
-    assert schedule.table_events(config("record")) == (kinds.count((0.95, 5.0)), len(kinds)) == (168, 382)
+    kinds = [schedule.at(record, step).table for step in events]
+    assert schedule.table_events(record) == (kinds.count((0.95, 5.0)), len(kinds)) == (168, 382)
     assert kinds == [(0.95, 5.0)] * 168 + [(0.9025, 10.0)] * 214
 
 

@@ -28,6 +28,10 @@ FLAGS = (
     "--eval_interval=3", "--eval_tokens=2048", "--eval_slice=1024", "--warmup=false", "--num_threads=1",
     "--device=cpu",
 )  # fmt: skip
+# A sixteenth of each step's tokens, for what no loss has to fall for. The same command makes such a run anew; without
+# --smoke it goes on.
+SHORT_STEPS = 9
+SHORT = "--smoke", f"--steps={SHORT_STEPS - 1}", "--lanes=4"
 
 
 def counting(folder: Path, values: int) -> None:
@@ -104,6 +108,14 @@ def undisturbed(zygote, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+@pytest.fixture(scope="module")
+def short(zygote, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run like `undisturbed` on fewer tokens."""
+    out = tmp_path_factory.mktemp("runs") / "short"
+    finished(launch(zygote, "train_gpt", [*FLAGS, f"--out_dir={out}", *SHORT], data))
+    return out
+
+
 def test_it_learns_and_leaves_evidence(undisturbed):
     found = losses(undisturbed)
     assert list(found) == list(range(STEPS))
@@ -153,23 +165,22 @@ def wait_for(condition, seconds: float = 600.0) -> None:
         time.sleep(0.02)
 
 
-def test_two_ranks_train_the_same_lanes(fork, undisturbed, tmp_path):
-    finished(fork(tmp_path / "two", ranks=2))
-    alone, together = losses(undisturbed), losses(tmp_path / "two")
-    assert list(together) == list(alone)
+def test_two_ranks_train_the_same_lanes(fork, short, tmp_path):
+    finished(fork(tmp_path / "two", *SHORT, ranks=2))
+    alone, together = losses(short), losses(tmp_path / "two")
+    assert list(together) == list(alone) == list(range(SHORT_STEPS))
     assert (
         max(abs(together[step] - alone[step]) for step in alone) < 1e-4
     )  # sums are rounded in another order
-    difference = (
-        records(tmp_path / "two", "val")[-1]["val_loss"] - records(undisturbed, "val")[-1]["val_loss"]
-    )
+    difference = records(tmp_path / "two", "val")[-1]["val_loss"] - records(short, "val")[-1]["val_loss"]
     assert abs(difference) < 1e-4
 
 
 def test_with_copies_it_resumes_exactly_and_two_ranks_agree(fork, tmp_path):
     """--copy_input, on texts that repeat: a killed run has the losses of one alone, two ranks nearly."""
     counting(tmp_path / "cycles", 40)
-    flags = f"--dataset={tmp_path}/cycles", "--copy_input=true", "--save_interval=2", "--keep_checkpoints=9"
+    same = f"--dataset={tmp_path}/cycles", "--copy_input=true", "--save_interval=2", "--keep_checkpoints=9"
+    flags = (*same, *SHORT, "--lanes=2")  # which are long enough for the last bucket
     alone, killed, two = (tmp_path / name for name in ("alone", "killed", "two"))
     finished(fork(alone, *flags))
     learned = load_file(max((alone / "checkpoints").glob("step_*")) / "model.safetensors")
@@ -179,21 +190,21 @@ def test_with_copies_it_resumes_exactly_and_two_ranks_agree(fork, tmp_path):
     wait_for(lambda: (killed / "checkpoints" / "step_00000002").exists() or child.status is not None)
     os.kill(child.pid, signal.SIGKILL)
     finished([child], status=-signal.SIGKILL)
-    finished(fork(killed, *flags, "--auto_resume=true"))
-    assert losses(killed) == losses(alone)
+    finished(fork(killed, *same, SHORT[1], "--auto_resume=true"))
+    assert losses(killed) == losses(alone) and len(records(killed, "resume")) == 1
     finished(fork(two, *flags, ranks=2))
     assert max(abs(losses(two)[step] - loss) for step, loss in losses(alone).items()) < 1e-4
 
 
-def test_a_run_is_replayed_from_its_log_alone(data, undisturbed, tmp_path):
+def test_a_run_is_replayed_from_its_log_alone(data, short, tmp_path):
     log = tmp_path / "log.txt"
-    log.write_bytes((undisturbed / "log.txt").read_bytes())
+    log.write_bytes((short / "log.txt").read_bytes())
     done = subprocess.run(
         [sys.executable, "-m", "tools", "repro", str(log), f"--out_dir={tmp_path / 'again'}"],
         env=environment(data), cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "again") == losses(undisturbed)
+    assert losses(tmp_path / "again") == losses(short)
 
 
 @pytest.mark.campaign
@@ -243,7 +254,7 @@ def test_on_a_gpu_it_learns_as_on_a_cpu_and_stops_when_asked(data, undisturbed, 
 
 
 def test_a_loss_that_is_no_number_stops_the_run(fork, tmp_path):
-    _, errors = finished(fork(tmp_path / "nan", "--muon_lr=1e3", "--adam_lr=1e3"), status=70)
+    _, errors = finished(fork(tmp_path / "nan", *SHORT, "--muon_lr=1e3", "--adam_lr=1e3"), status=70)
     assert errors.count("error: ") == 1 and "lower --muon_lr" in errors and "Traceback" not in errors
 
 

@@ -147,12 +147,15 @@ def test_a_plan_is_killed_and_told_to_stop_and_goes_on_exactly(fork, planned, tm
     assert said == "3 of 3 runs are finished already\n"
 
 
-def test_two_ranks_train_the_same(data, planned, tmp_path):
-    """A plan of two runs, the second of which decides things by its loss."""
+def test_two_ranks_train_the_same(zygote, data, planned, tmp_path):
+    """A plan of two runs, the second of which decides things by its loss; the launcher is forked, its ranks are not."""
     names = ("muon", "curriculum")
     entries = [{"out_dir": str(tmp_path / name), **RUNS[name]} for name in names]
     (tmp_path / "plan.json").write_text(json.dumps(entries))
-    run(data, f"--plan={tmp_path}/plan.json", ranks=2)
+    words = ["--standalone", "--nproc_per_node=2", "-m", "modded_nanogpt.train_gpt_simple", *FLAGS]
+    variables = {"DATA_ROOT": str(data), "PYTHONPATH": str(ROOT)}
+    plan = f"--plan={tmp_path}/plan.json"
+    finished([zygote.start([*words, plan], module="torch.distributed.run", cwd=ROOT, env=variables)])
     for name in names:
         alone, together = losses(planned[0] / name), losses(tmp_path / name)
         assert together.keys() == alone.keys()

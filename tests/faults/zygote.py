@@ -207,8 +207,8 @@ def serve() -> None:
             while b"\n" in waiting:
                 line, _, waiting = waiting.partition(b"\n")
                 request = json.loads(line)
-                for name in NEEDED.get(request["module"], ()):
-                    importlib.import_module(name)
+                if "modded" in " ".join([request["module"], *request["argv"][:2]]):
+                    import torch._dynamo  # noqa: F401 (takes a second, and the speedrun's trainers need it: once for all)
                 pid = os.fork()
                 if pid == 0:
                     _child(request)

@@ -194,6 +194,11 @@ def serve() -> None:
     """Read requests from stdin until it is closed; report starts and ends on stdout."""
     import select
 
+    import numpy.random  # noqa: F401 (all that a run of the baseline imports)
+
+    import nanogpt.common.stop
+    import nanogpt.common.tokenizer
+    import nanogpt.schedule
     import nanogpt.setup
     import nanogpt.train  # noqa: F401
 

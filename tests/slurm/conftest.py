@@ -33,8 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     The first that needs the cluster begins what others only look at: SLURM's minutes pass beside all tests between.
     """
+    here = f"{Path(__file__).parent}{os.sep}"
     for item in items:
-        if Path(item.path).is_relative_to(Path(__file__).parent):
+        if str(item.path).startswith(here):
             item.add_marker(pytest.mark.slurm)
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)  # what other tests run beside
     asked = {name for item in items for name in getattr(item, "fixturenames", ())}

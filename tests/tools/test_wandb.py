@@ -1,5 +1,6 @@
 """Weights & Biases, with the real package: live beside a trainer and afterwards, offline, and nothing is ever asked."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,7 +16,8 @@ from tests.modded import simple_kit
 from tools import wandb_follow
 
 ROOT = Path(__file__).resolve().parents[2]
-pytest.importorskip("wandb")
+if importlib.util.find_spec("wandb") is None:  # without importing it in every process of `make test`
+    pytest.skip("needs the package wandb", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)

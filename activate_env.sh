@@ -12,7 +12,7 @@ _engaging_activate() {
     fi
     # `local` is in every shell that this is for, though not in POSIX.
     # shellcheck disable=SC3043
-    local env_path conda_sh strict
+    local env_path conda_sh strict version
     conda_sh=${CONDA_SH:-}
     if [ -n "$conda_sh" ] && [ ! -r "$conda_sh" ]; then
         echo "note: CONDA_SH: $conda_sh: no such file; the environment works without"
@@ -61,11 +61,11 @@ _engaging_activate() {
         echo "note: conda could not activate $env_path, so it is only put first on PATH"
     fi
     _engaging_on_path
-    if ! python -c '' 2>/dev/null; then
+    if ! version=$(python -c 'import sys; print(sys.version.split()[0])' 2>/dev/null); then
         echo "error: ENV_PATH: $env_path: its Python does not start; run: bash setup_env.sh --rebuild" >&2
         return 1
     fi
-    echo "$env_path is active: $(python --version)"
+    echo "$env_path is active: Python $version"
 }
 
 _engaging_place() { # that `engaging config set env_path` remembers; nothing else of this stays in your shell

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modded_nanogpt.optim.orthogonalize import MARGINS, POLAR_EXPRESS, orthogonalize
 from modded_nanogpt.simple_config import Config, Plan, lr_factor
+from nanogpt.common.adamw import AdamW
 from nanogpt.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Optimizer:
         else:
             own = {"warmup": config.adam_warmup, "betas": MATRIX_BETAS, "eps": 1e-8}
             groups.append({"params": matrices, "base": config.adam_lr, "weight_decay": config.adam_wd, **own})
-        self.adam = torch.optim.AdamW(groups, fused=True)
+        self.adam = AdamW(groups, fused=True)
 
     def step(self, step: int) -> None:
         """The update of step `step`; gradients are dropped."""

@@ -3,20 +3,21 @@
 import torch
 from torch import Tensor, nn
 
+from nanogpt.common.adamw import AdamW
 from nanogpt.common.errors import UserError
 from nanogpt.config import Config
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: Config) -> AdamW:
     """AdamW over the model's parameters; embeddings and matrices decay, biases and norms do not."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -75,10 +75,19 @@ class Page:
         sizes = {"paperWidth": 8.27, "paperHeight": 11.69, "preferCSSPageSize": True}
         return base64.b64decode(self.call("Page.printToPDF", printBackground=True, **sizes)["data"])
 
+    def go(self, address: str) -> None:
+        """Load an address."""
+        self.loaded = False
+        self.call("Page.navigate", url=address)
+        limit = time.monotonic() + 600
+        while not self.loaded:
+            assert time.monotonic() < limit, f"{address} did not load"
+            self.browser._next()
+
     def close(self) -> None:
-        """Close the tab."""
-        self.browser.call("Target.closeTarget", targetId=self.target)
-        del self.browser.pages[self.session]
+        """Leave the tab, empty, to the next page: a new one is a new process, which costs more than most pages."""
+        self.go("about:blank")
+        self.browser.idle.append(self)
 
 
 class Browser:
@@ -109,6 +118,7 @@ class Browser:
         os.close(to_write)
         self.number, self.rest = 0, b""
         self.pages: dict[str, Page] = {}
+        self.idle: list[Page] = []
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -161,19 +171,18 @@ class Browser:
         self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, scale: float = 1
     ) -> Page:
         """A tab with the file at `path`, loaded; `width` in CSS pixels."""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        page = self.pages[session] = Page(self, target, session)
-        for domain in ("Page", "Network", "Log", "Runtime"):
-            page.call(f"{domain}.enable")
+        if self.idle:
+            old = self.idle.pop()
+            page = self.pages[old.session] = Page(self, old.target, old.session)
+        else:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+            session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            page = self.pages[session] = Page(self, target, session)
+            for domain in ("Page", "Network", "Log", "Runtime"):
+                page.call(f"{domain}.enable")
         page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale,
                   mobile=width < 600)  # fmt: skip
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        page.call("Emulation.setEmulatedMedia", features=[theme])
-        page.loaded = False
-        page.call("Page.navigate", url=path.resolve().as_uri())
-        limit = time.monotonic() + 600
-        while not page.loaded:
-            assert time.monotonic() < limit, f"{path} did not load"
-            self._next()
+        page.call("Emulation.setEmulatedMedia", media="", features=[theme])
+        page.go(path.resolve().as_uri())
         return page

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import subprocess
-import sys
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -122,40 +121,19 @@ def hub():
         one.close()
 
 
-PROGRAM = """
-import json, sys
-import torch
-from nanogpt.common.errors import run_command
-from nanogpt.model import GPT, Shape
-from nanogpt.pretrained import load_published
+@pytest.fixture
+def load(zygote, tmp_path):
+    """`load(endpoint, name)`: `load_published` in a process of its own, as the hub's library reads its settings at
+    import."""
 
-def main(argv):
-    model = GPT(Shape(**json.loads(argv[0])))
-    load_published(model, argv[1], lambda line: print(line, file=sys.stderr))
-    print(sum(p.double().sum().item() for p in model.parameters()))
+    def run(endpoint: str, name: str = "gpt2", **env: str):
+        unset = {key: None for key in os.environ if key.startswith("HF_")}
+        full = {**unset, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1",
+                "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **env}  # fmt: skip
+        shape = json.dumps({**vars(SHAPE), "block_size": 12})
+        return zygote.run([shape, name], module="tests.faults.published", env=full)
 
-run_command(main)
-"""
-
-
-def load(
-    root: Path, home: Path, endpoint: str, name: str = "gpt2", **env: str
-) -> subprocess.CompletedProcess:
-    """`load_published` in a process of its own: the hub's library reads its settings at import."""
-    import os
-
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    full = {**clean, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **env}  # fmt: skip
-    shape = json.dumps({**vars(SHAPE), "block_size": 12})
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, shape, name],
-        cwd=root,
-        env=full,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return run
 
 
 def test_the_loaded_model_computes_what_the_published_layout_says(tmp_path):
@@ -211,49 +189,49 @@ def test_a_file_that_is_no_safetensors_is_named(tmp_path):
         pretrained.fill(GPT(SHAPE), path)
 
 
-def test_download_once_then_without_a_network(hub, root, tmp_path):
+def test_download_once_then_without_a_network(hub, load):
     tensors = published()
     server = hub(save(tensors))
-    first = load(root, tmp_path / "hf", server.url)
-    assert first.returncode == 0, first.stderr
+    first = load(server.url)
+    assert first.status == 0, first.stderr
     kept = {name: value for name, value in tensors.items() if not name.endswith(".attn.bias")}
     kept["wpe.weight"] = kept["wpe.weight"][:12]
     assert float(first.stdout) == pytest.approx(
         sum(value.double().sum().item() for value in kept.values()), abs=1e-4
     )
-    offline = load(root, tmp_path / "hf", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert offline.returncode == 0, offline.stderr
+    offline = load("http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert offline.status == 0, offline.stderr
     assert offline.stdout == first.stdout
     assert server.bodies == 1
 
 
-def test_a_corrupted_download_is_refused_and_a_repaired_cache_works(hub, root, tmp_path):
+def test_a_corrupted_download_is_refused_and_a_repaired_cache_works(hub, load):
     good = save(published())
     bad = bytearray(good)
     bad[-3] ^= 1
-    refused = load(root, tmp_path / "hf", hub(bytes(bad), good).url)
-    assert refused.returncode == 2
+    refused = load(hub(bytes(bad), good).url)
+    assert refused.status == 2
     lines = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert "SHA-256" in lines[0]
     blob = Path(lines[0].removeprefix("error: ").split(": ")[0])
     assert blob.is_file()
     blob.unlink()  # what the message says
-    repaired = load(root, tmp_path / "hf", hub(good).url)
-    assert repaired.returncode == 0, repaired.stderr
+    repaired = load(hub(good).url)
+    assert repaired.status == 0, repaired.stderr
 
 
-def test_without_a_network_and_a_cache_one_line_says_what_to_do(root, tmp_path):
-    done = load(root, tmp_path / "hf", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert done.returncode == 69
+def test_without_a_network_and_a_cache_one_line_says_what_to_do(load):
+    done = load("http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert done.status == 69
     assert done.stderr.splitlines()[-1].startswith("error: openai-community/gpt2/model.safetensors")
     assert "Traceback" not in done.stderr
     assert "copy" in done.stderr
 
 
-def test_a_name_the_hub_does_not_have(hub, root, tmp_path):
-    done = load(root, tmp_path / "hf", hub(save(published())).url, name="gpt2-tiny")
-    assert done.returncode == 69
+def test_a_name_the_hub_does_not_have(hub, load):
+    done = load(hub(save(published())).url, name="gpt2-tiny")
+    assert done.status == 69
     assert "Traceback" not in done.stderr
 
 

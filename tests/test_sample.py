@@ -18,29 +18,16 @@ TINY = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(zygote, tmp_path_factory):
     """A run of 30 steps with a checkpoint every 10, trained by train.py; its data set is deleted afterwards."""
-    import os
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("sample")
     ids = np.random.default_rng(0).integers(len(CHARS), size=4000).astype(np.uint16)
     splits = {"train": ids[:3600], "val": ids[3600:]}
     small_sets.publish("letters", folder / "data", splits, "char", len(CHARS), CHARS)
-    command = [sys.executable, "-m", "nanogpt.train", *TINY, "--dataset=letters", f"--out_dir={folder / 'run'}",
-               f"--data_root={folder / 'data'}", "--max_iters=30", "--eval_interval=10", "--keep_checkpoints=9",
-               "--warmup_iters=0", "--lr_decay_iters=30", "--learning_rate=1e-3", "--min_lr=1e-4"]  # fmt: skip
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        command,
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    done = zygote.run([*TINY, "--dataset=letters", f"--out_dir={folder / 'run'}", f"--data_root={folder / 'data'}",
+                       "--max_iters=30", "--eval_interval=10", "--keep_checkpoints=9", "--warmup_iters=0",
+                       "--lr_decay_iters=30", "--learning_rate=1e-3", "--min_lr=1e-4"])  # fmt: skip
+    assert done.status == 0, done.stderr
     shutil.rmtree(folder / "data")
     return folder / "run"
 
@@ -184,14 +171,15 @@ def test_a_config_that_does_not_fit_is_one_line(run, capsys, change, named):
         sampled(capsys, run)
 
 
-def test_as_a_command_from_both_places_and_out_of_the_run(trained, root, run_python):
+def test_as_a_command_from_both_places_and_out_of_the_run(trained, root, run_python, zygote):
+    """The first is a process of its own, which starts torch; the others do the same in forked ones."""
     flags = (f"--out_dir={trained}", "--device=cpu", "--num_samples=2", "--max_new_tokens=8", "--start=abc")
     module = run_python("-m", "nanogpt.sample", *flags)
     assert module.returncode == 0, module.stderr
-    folder = run_python("sample.py", *flags, cwd=root / "nanogpt")
-    assert folder.stdout == module.stdout
-    own_copy = run_python(trained / "source" / "nanogpt" / "sample.py", *flags, cwd=trained)
-    assert own_copy.stdout == module.stdout
+    own_copy = trained / "source" / "nanogpt" / "sample.py"
+    for script, folder in (("sample.py", root / "nanogpt"), (own_copy, trained)):
+        done = zygote.run([script, *flags], module="tests.faults.forked_python", cwd=folder)
+        assert (done.status, done.stdout) == (0, module.stdout), done.stderr
 
 
 def test_an_error_is_one_line_and_exit_2(run_python):

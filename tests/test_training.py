@@ -150,8 +150,12 @@ def test_a_resume_runs_the_copy_although_the_repository_has_changed(trainer, tin
     broken = "def go_on(_):\n    raise SystemExit(99)\n\n\ndef before(folder"
     edited.write_text(edited.read_text().replace("def go_on(folder", broken))
     argv = [*tiny.FLAGS, f"--data_root={tiny_data}", f"--out_dir={tmp_path}/run", "--auto_resume=true"]
-    second = command(*argv, cwd=clone / "nanogpt", script="train.py")
+    second = command(*argv, cwd=clone / "nanogpt", script="train.py", PYTHONPROFILEIMPORTTIME="1")
     assert second.returncode == 0, second.stderr
+    assert " torch.nn\n" in second.stderr, "it tells what is imported"
+    assert "torch._dynamo" not in second.stderr, (
+        "the compiler, where nothing is compiled: it takes as long as torch"
+    )
     assert tiny.losses(tmp_path / "run") == tiny.losses(real_run)
     assert tiny.final_weights(tmp_path / "run") == tiny.final_weights(real_run)
     by_hand = command(

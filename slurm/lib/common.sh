@@ -258,7 +258,7 @@ user_caches() { # the folder for this user's on this node
     for base in "${SLURM_TMPDIR:-}" "${TMPDIR:-}" /tmp; do
         if [ -d "$base" ] && [ -w "$base" ] && ! on_network_disk "$base"; then break; fi
     done
-    echo "$base/nanogpt-cache-$(id -u)"
+    echo "$base/nanogpt-cache-$EUID"
 }
 
 drop_caches_of_others() { # FOLDER JOBS: those of jobs that are not in the list
@@ -274,9 +274,10 @@ drop_caches() { # this job's on this node, when no attempt can use them again
 }
 
 on_network_disk() { # PATH (it need not exist): as `df` names the file system
-    local path=$1
+    local path=$1 kind
     while [ -n "$path" ] && [ ! -e "$path" ]; do path=${path%/*}; done
-    case $(df --output=fstype "${path:-/}" 2>/dev/null | tail -n 1) in
+    kind=$(df --output=fstype "${path:-/}" 2>/dev/null) || :
+    case ${kind##*$'\n'} in # the line below the heading
         nfs* | lustre | gpfs | beegfs | fhgfs | wekafs | fuse.sshfs | cifs | smb* | afs | panfs | ceph) ;;
         *) return 1 ;;
     esac

@@ -198,18 +198,25 @@ set_network() { # INTERFACE NODES: where NCCL and gloo talk, unless the user has
 # ---- the job's part ---------------------------------------------------------------------------------------------
 
 outcome_of() { # FOLDER STATUS: what the trainer meant, from its ranks' notes, else from its run directory
-    local codes code out_dir
-    codes=$(cat "$1"/rank-* 2>/dev/null || :)
-    for code in 2 70 74 76 1 75; do # a mistake outweighs a crash, a crash outweighs an interruption
-        if grep -qx "$code" <<<"$codes"; then echo "$code"; return; fi
+    local file code codes=" " other="" well=0 ranks="" out_dir
+    for file in "$1"/rank-*; do
+        code=""
+        { read -r code <"$file" || :; } 2>/dev/null
+        case $code in
+            '') continue ;;
+            0) well=$((well + 1)) ;;
+            *) other=${other:-$code} ;;
+        esac
+        codes+="$code "
     done
-    code=$(grep -vx 0 <<<"$codes" | head -n 1 || :)
+    for code in 2 70 74 76 1 75; do # a mistake outweighs a crash, a crash outweighs an interruption
+        if [[ $codes == *" $code "* ]]; then echo "$code"; return; fi
+    done
+    { read -r ranks <"$1/ranks" || :; } 2>/dev/null
+    if [ -n "$other" ]; then echo "$other"; return; fi
+    if [ "$well" = "$ranks" ]; then echo 0; return; fi # a signal after the last step ended torchrun, and nothing else
     out_dir=$(flag_value out_dir)
-    if [ -n "$code" ]; then
-        echo "$code"
-    elif [ "$(grep -cx 0 <<<"$codes")" = "$(cat "$1/ranks" 2>/dev/null)" ]; then
-        echo 0 # a signal that came after the last step ended torchrun, and nothing else
-    elif [ "$2" -ne 0 ] && [ -n "$out_dir" ] &&
+    if [ "$2" -ne 0 ] && [ -n "$out_dir" ] &&
         tail -n 1 "$out_dir/metrics.jsonl" 2>/dev/null | grep -q '"status": *"interrupted"'; then
         echo "$EXIT_INTERRUPTED"
     else

@@ -29,7 +29,6 @@ import nanogpt.sample
 from nanogpt.common import errors
 from nanogpt.common.flags import parse
 from nanogpt.config import PRESETS, Config, resolve
-from tests.faults.zygote import Zygote
 from tools.cli import COMMANDS
 
 PAGES = [
@@ -52,6 +51,7 @@ NOT_RUN = {
     r"make gpu-status": "needs a GPU: tests/tools/test_gpu.py",
 }
 SMALL = (*run_kit.TINY, "--max_iters=6", "--eval_interval=3", "--num_threads=1")
+FOR_REAL = "nanogpt.train"
 APPENDED = {  # to a command that is run
     "train": SMALL,
     "sample": ("--max_new_tokens=8", "--num_samples=1", "--device=cpu"),
@@ -102,33 +102,32 @@ def made_small(command: str, clone: Path) -> tuple[list[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, subprocess.CompletedProcess]]:
+def executed(
+    zygote, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, subprocess.CompletedProcess]]:
     """(clone, result of each command that is run), run in the order of reading.
 
-    The first command of a kind is a process of its own, the further ones are forked from one that has torch.
+    The first start of FOR_REAL is a process of its own; what else needs torch is forked from one that has it. Each has
+    real starts in its own tests.
     """
     clone = run_kit.make_clone(tmp_path_factory.mktemp("docs") / "clone")
     shutil.copytree(ROOT / "modded_nanogpt", clone / "modded_nanogpt")
-    (clone / "tests/faults").mkdir(parents=True)
-    shutil.copy(ROOT / "tests/faults/zygote.py", clone / "tests/faults")
     for name in ("shakespeare_char", "python_source"):
         run_kit.make_data(clone / "data", name)
-    results, seen, environment = {}, set(), run_kit.environment(clone / "data")
-    with Zygote(root=clone) as zygote:
-        for command in all_commands():
-            if reason_not_run(command):
-                continue
-            words, folder = made_small(command, clone)
-            if words[:2] == [sys.executable, "-m"] and tuple(words[:3]) in seen:
-                child = zygote.run(words[3:], module=words[2], cwd=folder, env=environment)
-                done = subprocess.CompletedProcess(words, child.status, child.stdout, child.stderr)
-            else:
-                done = subprocess.run(
-                    words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                    timeout=600,
-                )  # fmt: skip
-            results[command] = done
-            seen.add(tuple(words[:3]))
+    results, started, environment = {}, False, run_kit.environment(clone / "data")
+    for command in all_commands():
+        if reason_not_run(command):
+            continue
+        words, folder = made_small(command, clone)
+        torch = words[0] == sys.executable and "prepare.py" not in words[1]
+        if torch and (started or FOR_REAL not in words):
+            results[command] = run_kit.forked(zygote, folder, clone / "data", *words[1:])
+            continue
+        started |= torch
+        results[command] = subprocess.run(
+            words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=600,
+        )  # fmt: skip
     return clone, results
 
 

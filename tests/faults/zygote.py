@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+NEEDED = {
+    "tests.modded.forked": ("torch._dynamo",)
+}  # what takes a second in each child of a module: once for all
 
 
 @dataclass
@@ -99,9 +102,9 @@ class Zygote:
 
     def start(
         self, argv: list[str], *, module: str = "nanogpt.train", cwd: Path | str = ROOT,
-        env: dict[str, str] | None = None,
+        env: dict[str, str | None] | None = None,
     ) -> Child:  # fmt: skip
-        """Fork a child that does what `python -m <module> <argv>` does."""
+        """Fork a child that does what `python -m <module> <argv>` does; a variable that is None in `env` is unset."""
         self.count += 1
         output = Path(self.folder.name) / str(self.count)
         request = {"number": self.count, "argv": list(map(str, argv)), "module": module, "cwd": str(cwd)}
@@ -164,7 +167,11 @@ def _child(request: dict) -> None:
             target = os.open(request["output"] + suffix, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(target, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.environ.update(request["env"])
+        for name, value in request["env"].items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         os.chdir(request["cwd"])
         sys.argv = [request["module"], *request["argv"]]
         run_command(command_of(request["module"]))
@@ -196,8 +203,11 @@ def serve() -> None:
     """Read requests from stdin until it is closed; report starts and ends on stdout."""
     import select
 
-    import torch._dynamo  # noqa: F401 (the optimizer imports it at its first step)
+    import numpy.random  # noqa: F401 (all that a run of the baseline imports)
 
+    import nanogpt.common.stop
+    import nanogpt.common.tokenizer
+    import nanogpt.schedule
     import nanogpt.setup
     import nanogpt.train  # noqa: F401
 
@@ -212,6 +222,8 @@ def serve() -> None:
                 line, _, waiting = waiting.partition(b"\n")
                 _preload(json.loads(line)["preload"])
                 request = json.loads(line)
+                if any(word.endswith(("train_gpt", "train_gpt_medium")) for word in request["argv"][:2]):
+                    import torch._dynamo  # noqa: F401 (takes a second, and these trainers need it: once for all)
                 pid = os.fork()
                 if pid == 0:
                     _child(request)

@@ -49,3 +49,10 @@ def run(clone: Path, data_root: Path, *words: object, **options) -> subprocess.C
     command = [sys.executable, *map(str, words)]
     options = {"stdin": subprocess.DEVNULL, "timeout": 300, "env": environment(data_root), **options}
     return subprocess.run(command, cwd=clone, capture_output=True, text=True, **options)
+
+
+def forked(zygote, clone: Path, data_root: Path, *words: object) -> subprocess.CompletedProcess:
+    """`run` in a process that has torch already, for a command of which there is a real start elsewhere."""
+    env = {**environment(data_root), "DATA_MIRROR": None, "PYTHONPATH": None}
+    child = zygote.run(list(words), module="tests.faults.forked_python", cwd=clone, env=env)
+    return subprocess.CompletedProcess(list(words), child.status, child.stdout, child.stderr)

@@ -137,9 +137,13 @@ def test_gpus_of_other_jobs_are_refused(smi):
     refused(gpu("hot", env={**smi(), "CUDA_VISIBLE_DEVICES": ""}), "allows no GPU")
 
 
-def test_hot_with_a_driver_that_torch_cannot_use_is_one_line(smi):
+def test_hot_with_a_driver_that_torch_cannot_use_is_one_line(smi, zygote):
     """nvidia-smi answers, and torch finds no GPU behind it: what a CPU build of torch looks like."""
-    refused(gpu("hot", "0", env=smi()), "torch", "setup_env.sh")
+    words, env = ["-m", "tools.gpu", "hot", "0"], {**smi(), "CUDA_VISIBLE_DEVICES": None}
+    child = zygote.run(words, module="tests.faults.forked_python", env=env)
+    refused(
+        subprocess.CompletedProcess(words, child.status, child.stdout, child.stderr), "torch", "setup_env.sh"
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,13 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a clone, a data set, and a finished run in out/first."""
     folder = tmp_path_factory.mktemp("repro")
     run_kit.make_clone(folder / "clone")
     run_kit.make_data(folder / "data")
-    done = run_kit.run(
-        folder / "clone", folder / "data", "-m", "nanogpt.train", *FLAGS, f"--out_dir={folder}/out/first"
-    )
+    words = ("-m", "nanogpt.train", *FLAGS, f"--out_dir={folder}/out/first")
+    done = run_kit.forked(zygote, folder / "clone", folder / "data", *words)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -1,5 +1,6 @@
 """Weights & Biases, with the real package: live beside a trainer and afterwards, offline, and nothing is ever asked."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,7 +16,8 @@ from tests.modded import simple_kit
 from tools import wandb_follow
 
 ROOT = Path(__file__).resolve().parents[2]
-pytest.importorskip("wandb")
+if importlib.util.find_spec("wandb") is None:  # without importing it in every process of `make test`
+    pytest.skip("needs the package wandb", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
@@ -89,11 +91,18 @@ def test_live_beside_a_trainer_that_never_waits_for_it(tiny_data, tmp_path) -> N
     assert run.project == "engaging-nanogpt" and run.display_name == "run"
 
 
-def test_the_small_trainer_has_the_same_flag(tmp_path) -> None:
+def test_the_small_trainer_has_the_same_flag(zygote, tmp_path) -> None:
     out = tmp_path / "run"
-    simple_kit.run(
-        simple_kit.make_data(tmp_path / "data"), f"--out_dir={out}", "--wandb_log=true", WANDB_MODE="offline"
-    )
+    words = [
+        "-m",
+        "modded_nanogpt.train_gpt_simple",
+        *simple_kit.FLAGS,
+        f"--out_dir={out}",
+        "--wandb_log=true",
+    ]
+    env = simple_kit.environment(simple_kit.make_data(tmp_path / "data"), WANDB_MODE="offline")
+    child = zygote.run(words, module="tests.faults.forked_python", env=env)
+    assert child.status == 0, child.stderr
     (folder,) = offline_runs(out)
     history, summary, _ = sent(folder)
     expected = {step: loss for (kind, step), loss in simple_kit.losses(out).items() if kind == "train"}

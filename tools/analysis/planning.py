@@ -12,6 +12,7 @@ The rule for stopping early (Lan and DeMets, Biometrika 1983, with O'Brien and F
 Adding seeds until p < 0.01 without such a plan is not evidence: with enough looks it succeeds by luck.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,15 +85,19 @@ def smallest_difference(
     kind: str, n: int, sd: float, alpha: float = ALPHA, wanted: float = POWER
 ) -> float | None:
     """The difference that `n` runs (a side) find with probability `wanted`; None for fewer than two runs."""
-    if n < 2:
-        return None
+    return None if n < 2 else _smallest_effect(kind, n, alpha, wanted) * sd
+
+
+@functools.cache
+def _smallest_effect(kind: str, n: int, alpha: float, wanted: float) -> float:
+    """The same in standard deviations. Kept: the comparisons of a study have few numbers of runs among them."""
     low, high = 0.0, 1.0
     while power(kind, n, high, alpha) < wanted:
         high *= 2
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (low, middle) if power(kind, n, middle, alpha) >= wanted else (middle, high)
-    return high * sd
+    return high
 
 
 def spending(share: float, alpha: float = ALPHA) -> float:

@@ -5,13 +5,14 @@
 
 A child does what the command does, but for one thing: it goes on in the same process where the command would execute
 itself again from the run's copy of the source, of which it takes the variants alone. Each trainer's own tests have
-runs by the real commands besides.
+runs by the real commands besides. With KILLED_AT_SAVE=N in its environment it dies of SIGKILL before checkpoint N.
 """
 
 import importlib
 import itertools
 import json
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> int:
             raise SystemExit(trainer.go_on(folder, json.loads(runs)))
 
         rundir.enter_copy = train
+        if "KILLED_AT_SAVE" in os.environ:
+            die_at_save(int(os.environ["KILLED_AT_SAVE"]))
         return trainer.main(words)
     from modded_nanogpt import simple_launch, variants
 
@@ -47,6 +50,20 @@ def main(argv: list[str]) -> int:
 
     rundir.enter_copy = go_on
     return simple_launch.launch(words, trainer.__doc__)
+
+
+def die_at_save(number: int) -> None:
+    """Let the speedrun's trainer kill itself instead of writing its checkpoint of this number, from 1 on."""
+    from modded_nanogpt import setup
+
+    save, calls = setup.save, itertools.count(1)
+
+    def save_or_die(*given: object) -> None:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(*given)
+
+    setup.save = save_or_die
 
 
 def launch(zygote, name: str, flags: list[str], data: Path, ranks: int = 1, **variables: str) -> list:

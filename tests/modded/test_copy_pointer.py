@@ -5,7 +5,6 @@ Its kernels and losses are in `kernels/test_pointer`; a lane of it as a graph in
 
 import dataclasses
 import math
-import os
 import signal
 
 import numpy as np
@@ -23,7 +22,7 @@ from nanogpt.data import small_sets
 from tests.modded.forked import finished, launch
 from tests.modded.test_lanes import VOCAB, gradients, lane, small
 from tests.modded.test_train_gpt import losses as losses_of
-from tests.modded.test_train_gpt import records, wait_for
+from tests.modded.test_train_gpt import records
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
@@ -157,9 +156,9 @@ def test_two_ranks_and_a_resumed_run_train_as_one(zygote, tmp_path):
     splits = {"train": tokens[:-3000], "val": tokens[-3000:]}
     small_sets.publish("small", tmp_path / "data", splits, "char", 100, chars)
 
-    def start(name: str, *flags: str, ranks: int = 1) -> list:
+    def start(name: str, *flags: str, ranks: int = 1, **variables: str) -> list:
         words = [*FLAGS, f"--out_dir={tmp_path}/{name}", *flags]
-        return launch(zygote, "train_gpt", words, tmp_path / "data", ranks=ranks)
+        return launch(zygote, "train_gpt", words, tmp_path / "data", ranks, **variables)
 
     few = "--smoke", "--lanes=4"  # a sixteenth of the tokens; without --smoke a run goes on
     finished(start("alone", *few))
@@ -167,10 +166,7 @@ def test_two_ranks_and_a_resumed_run_train_as_one(zygote, tmp_path):
     finished(start("two", *few, ranks=2))
     together = losses_of(tmp_path / "two")
     assert max(abs(together[step] - alone[step]) for step in alone) < 1e-4
-    (child,) = start("killed", *few, "--save_interval=2")
-    wait_for(lambda: (tmp_path / "killed/checkpoints/step_00000002").exists() or child.status is not None)
-    os.kill(child.pid, signal.SIGKILL)
-    finished([child], status=-signal.SIGKILL)
+    finished(start("killed", *few, "--save_interval=2", KILLED_AT_SAVE="2"), status=-signal.SIGKILL)
     finished(start("killed", "--auto_resume=true"))
     assert losses_of(tmp_path / "killed") == alone and len(records(tmp_path / "killed", "resume")) == 1
     last = [records(tmp_path / name, "val")[-1]["val_loss"] for name in ("alone", "killed")]

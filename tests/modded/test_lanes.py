@@ -76,6 +76,11 @@ def gradients(
     }
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_a_lanes_gradient_is_that_of_an_eighth_before_the_ranks_are_averaged(world_size):
+    assert lanes.loss_scale(Ranks(0, 0, world_size, torch.device("cpu"))) / world_size == 1 / 8
+
+
 # The other two differ from these in few lines, which `test_speedrun_model` and `test_model_snapshot` go through.
 PARAMS = [
     pytest.param(name, marks=() if name in ("tiny", "tiny_pointer", "tiny_medium") else pytest.mark.campaign)

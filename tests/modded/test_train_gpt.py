@@ -85,8 +85,8 @@ def run(data: Path, out: Path, *flags: str, timeout: float = 600) -> str:
 def fork(zygote, data):
     """`fork(out, *flags)`: the children of a launch like `start`'s."""
 
-    def begin(out: Path, *flags: str, ranks: int = 1) -> list:
-        return launch(zygote, "train_gpt", [*FLAGS, f"--out_dir={out}", *flags], data, ranks)
+    def begin(out: Path, *flags: str, ranks: int = 1, **variables: str) -> list:
+        return launch(zygote, "train_gpt", [*FLAGS, f"--out_dir={out}", *flags], data, ranks, **variables)
 
     return begin
 
@@ -186,10 +186,7 @@ def test_with_copies_it_resumes_exactly_and_two_ranks_agree(fork, tmp_path):
     learned = load_file(max((alone / "checkpoints").glob("step_*")) / "model.safetensors")
     assert learned["copy_scales"].shape == (31,) and learned["copy_scales"][[1, 30]].abs().min() > 0
     assert learned["copy_scales"][0] == 0 and learned["copy_embeds"][[0, 1, 30]].abs().min() > 0
-    (child,) = fork(killed, *flags, "--warmup=true")
-    wait_for(lambda: (killed / "checkpoints" / "step_00000002").exists() or child.status is not None)
-    os.kill(child.pid, signal.SIGKILL)
-    finished([child], status=-signal.SIGKILL)
+    finished(fork(killed, *flags, "--warmup=true", KILLED_AT_SAVE="2"), status=-signal.SIGKILL)
     finished(fork(killed, *same, SHORT[1], "--auto_resume=true"))
     assert losses(killed) == losses(alone) and len(records(killed, "resume")) == 1
     finished(fork(two, *flags, ranks=2))

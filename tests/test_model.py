@@ -182,10 +182,12 @@ print("equal")
 """
 
 
-def test_the_fused_loss_equals_its_twin_and_float64_interpreted(zygote):
-    """The Triton kernel itself, run by Triton's interpreter on the CPU, at sizes that fit no block."""
-    done = zygote.run(["-c", COMPARE_FUSED, "cpu"], module="tests.faults.forked_python",
-                      env={"TRITON_INTERPRET": "1"})  # fmt: skip
+def test_the_fused_loss_equals_its_twin_and_float64_interpreted(run_python):
+    """The Triton kernel itself, run by Triton's interpreter on the CPU, at sizes that fit no block.
+
+    No fork: Triton must not have been imported before it is told to interpret.
+    """
+    done = run_python("-c", COMPARE_FUSED, "cpu", env={"TRITON_INTERPRET": "1"})
     assert done.stdout.endswith("equal\n"), done.stderr[-2000:]
 
 

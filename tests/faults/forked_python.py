@@ -3,9 +3,9 @@
     zygote.run(["-m", "nanogpt.sample", *flags], module="tests.faults.forked_python", cwd=clone)
     zygote.run(["train.py", *flags], module="tests.faults.forked_python", cwd=clone / "nanogpt")
 
-WORDS are a script, `-m` and a module, or `-c` and a program, and its flags. The folder that they name decides whose
-code runs, as it does for Python; a trainer that executes itself again from the run's copy of the source does so in the
-same process. The commands' own tests start real ones besides.
+WORDS are a script or `-m` and a module, and its flags. The folder that they name decides whose code runs, as it does
+for Python; a trainer that executes itself again from the run's copy of the source does so in the same process. The
+commands' own tests start real ones besides.
 """
 
 import os
@@ -39,10 +39,6 @@ def main(words: list[str]) -> int:
                 sys.path[:] = [os.getcwd(), *before]  # noqa: PTH109 (as Python itself does it)
                 sys.argv = words[1:]
                 runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-            elif words[0] == "-c":
-                sys.path[:] = [os.getcwd(), *before]  # noqa: PTH109
-                sys.argv = ["-c", *words[2:]]
-                exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
             else:
                 sys.path[:] = [str(Path(words[0]).resolve().parent), *before]
                 sys.argv = words

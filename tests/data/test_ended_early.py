@@ -1,5 +1,6 @@
 """Preparations that SLURM ends (SIGTERM): one line, nothing half done, and what has come serves another node."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt.common.download import DownloadError
+from nanogpt.common.shards import PROGRESS
 from tests.common.test_download import CONTENT, FAST, SHA256, Server, cut_at, fetch, server
 from tests.data.hub_server import REPOSITORY
 from tests.data.test_prepare_openwebtext import FLAGS, LAST, PREPARE, documents, env, hub
@@ -70,7 +72,10 @@ def test_openwebtext_ended_early_keeps_whole_shards_and_says_one_line(hub, env, 
     )
 
     def shards() -> list[Path]:
-        return sorted(folder.glob("t_train_*.bin"))
+        """Those that the next command will not make again: a file is there a moment before it is recorded."""
+        record = folder / PROGRESS
+        files = json.loads(record.read_text())["files"] if record.exists() else []
+        return [folder / entry["name"] for entry in files]
 
     process = subprocess.Popen([*command, "--num_workers=1"], env=env(hub), stderr=subprocess.PIPE, text=True)
     assert end(process, lambda: len(shards()) > 2).splitlines() == [GOES_ON]

@@ -47,10 +47,8 @@ REHEARSED = "rehearsed\n"  # what it writes after the second
 NOT_IN_GRAPHS = {
     "seed", "dataset", "data_passes", "steps", "extension_steps", "cooldown", "lr_floor", "mtp", "table_rows", *FREE,
 } - {"attention", "compile", "deterministic"}  # fmt: skip
-REHEARSED_TOKENS, REHEARSED_ROWS = (
-    4096,
-    1 << 16,
-)  # of its lane and its table: kernels are compiled for any number
+REHEARSED_TOKENS = 4096  # of its lane; kernels are compiled for any number
+REHEARSED_ROWS = 1 << 16  # of its table of n-grams
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Text into shards by the real command: the same tokens from every kind of source, interrupted or not."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from nanogpt.common.gpt2_encoding import gpt2_encoding
 from nanogpt.common.shards import open_token_set, verify
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "data"
 SCRIPT = ROOT / "modded_nanogpt" / "data" / "fineweb.py"
 SHARD, VAL = 20_000, 15_000
 FLAGS = ("--name=t", f"--shard_tokens={SHARD}", f"--val_tokens={VAL}")
@@ -45,10 +43,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPT-2's from the disk where the shared folder is there, else from the network."""
-    cache = str(SHARED / "tiktoken_cache") if SHARED.is_dir() else os.environ.get("TIKTOKEN_CACHE_DIR", "")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", cache)
+def vocabulary(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's, from the disk."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(mirror / "tiktoken_cache"))
 
 
 def run(root: Path, *flags: str) -> None:

@@ -24,11 +24,10 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
-def encoding(tmp_path_factory: pytest.TempPathFactory) -> tiktoken.Encoding:
-    """GPT-2's, from the shared folder where there is one, else as the trainer gets it."""
+def encoding(mirror: Path, tmp_path_factory: pytest.TempPathFactory) -> tiktoken.Encoding:
+    """GPT-2's."""
     with pytest.MonkeyPatch.context() as patch:
-        if (SHARED / "tiktoken_cache").is_dir():
-            patch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(mirror / "tiktoken_cache"))
         return gpt2_encoding(tmp_path_factory.mktemp("vocabulary"))
 
 

@@ -20,12 +20,8 @@ from tools.site.limits import Request, effective_qos, gpu_cap, largest_node, ref
 from tools.site.reasons import ENDS, EXITS, REASONS
 from tools.site.slurm import SlurmUnreachable
 
-BY_SIGNAL = (
-    "6",
-    "9",
-    "11",
-    "15",
-)  # no trainer ends with these; a shell adds 128 to them, and sacct takes it off again
+# No trainer ends with these; a shell adds 128 to them, and sacct takes it off again.
+BY_SIGNAL = ("6", "9", "11", "15")
 BEFORE_WINDOW_MIN, SHORTEST_MIN = 5, 10  # room before a reservation; less than that is no job
 
 

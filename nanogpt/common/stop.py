@@ -21,6 +21,14 @@ class StopRequest:
         self.reason = ""
         self.stop_file = stop_file
         self._looked = 0.0
+        self._listen()
+
+    def _listen(self) -> None:
+        """Take the signals, again where something has taken them since.
+
+        LLVM does, below Python, when Triton compiles its first kernel in this process: SIGUSR1 is then lost, and of
+        two SIGTERM in quick succession the second one ends the process before anything is saved.
+        """
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
@@ -38,6 +46,7 @@ class StopRequest:
 
     def look(self) -> bool:
         """Whether this process has been asked to stop."""
+        self._listen()
         if not self.reason and self.stop_file is not None and time.monotonic() - self._looked > LOOK_SECONDS:
             self._looked = time.monotonic()
             if self.stop_file.exists():

@@ -169,11 +169,10 @@ class Generator:
 
     def _step(self, limit: int) -> None:
         """A step that reads `limit` positions of the cache, of which those after self.position count for nothing."""
-        seen = (torch.arange(limit, device=self.token.device) <= self.position)[None]
-        with sdpa_kernel(KERNELS):
-            hidden = self.model.hidden(
-                self.token[:, None], self.position, partial(self._attend_one, limit, seen)
-            )
+        unseen = torch.arange(limit, device=self.token.device) > self.position
+        bias = torch.zeros(1, 1, limit, dtype=self.keys.dtype, device=self.token.device)
+        bias.masked_fill_(unseen, -torch.inf)
+        hidden = self.model.hidden(self.token[:, None], self.position, partial(self._attend_one, limit, bias))
         self.position += 1
         self._choose(self.model.logits(hidden[:, -1]))
 
@@ -206,9 +205,13 @@ class Generator:
         self.values[layer, :, :, :length] = v
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    def _attend_one(self, limit: int, seen: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one position, self.position, over those up to it. Each (B, H, 1, D)."""
+    def _attend_one(self, limit: int, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one position, self.position, over those up to it. Each (B, H, 1, D); bias: (1, 1, L).
+
+        Two products and a softmax: made for many queries, torch's attention takes longer for one than all the rest.
+        """
         self.keys[layer].index_copy_(2, self.position, k)
         self.values[layer].index_copy_(2, self.position, v)
-        keys, values = self.keys[layer, :, :, :limit], self.values[layer, :, :, :limit]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
+        keys, values = (cache[layer, :, :, :limit].flatten(0, 1) for cache in (self.keys, self.values))
+        scores = torch.baddbmm(bias, q.flatten(0, 1), keys.mT, alpha=q.shape[-1] ** -0.5)
+        return (torch.softmax(scores, -1) @ values).view_as(q)

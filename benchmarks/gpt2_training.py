@@ -2,10 +2,12 @@
 
     python benchmarks/gpt2_training.py --dataset=/path/of/tokens --seeds=3 --fp8=true
     python benchmarks/gpt2_training.py --dataset=/path/of/tokens --nanogpt=/path/of/a/nanoGPT/checkout
+    python benchmarks/gpt2_training.py --dataset=/path/of/tokens --steps=300 --tokens_per_step=122880 --seeds=3
 
-The run: 491,520 tokens a step, warm-up 10, learning rate 6e-4 down a cosine to 6e-5, validation over the whole
-validation set in blocks of 1,024. `--dataset` is a folder of shards with at least 39.4 M training tokens. With
-`--nanogpt`, nanoGPT's own train.py makes the same run on the same tokens first, and the ratio is printed.
+The run: 491,520 tokens a step where --tokens_per_step says nothing else, warm-up 10, learning rate 6e-4 down a cosine
+to 6e-5, validation over the whole validation set in blocks of 1,024. `--dataset` is a folder of shards with at least
+39.4 M training tokens. With `--nanogpt`, nanoGPT's own train.py makes the same run on the same tokens first, and the
+ratio is printed.
 """
 
 import json
@@ -23,6 +25,7 @@ sys.path[0] = str(ROOT)
 from nanogpt.common.errors import CommandError, UserError, run_command
 from nanogpt.common.flags import knob, parse
 
+NANOGPT_TOKENS = 491_520  # a step
 SKIPPED_STEPS = 10  # compilation and the first touch of the data
 
 
@@ -34,7 +37,8 @@ class Options:
     out_dir: str = knob("out/benchmark", "where the runs go; an existing one is moved aside")
     seeds: int = knob(1, "runs, with seeds 1337, 1338, ...", low=1, high=100)
     steps: int = knob(80, "optimizer steps", low=SKIPPED_STEPS + 2)
-    batch_size: int = knob(120, "sequences in one micro-step; 480 divided by it is the accumulation", low=1)
+    tokens_per_step: int = knob(NANOGPT_TOKENS, "of 1,024 times the sequences of its micro-steps", low=1024)
+    batch_size: int = knob(120, "sequences in one micro-step; the accumulation follows from it", low=1)
     fp8: bool = knob(False, "8-bit matrix products")
     nanogpt: str = knob("", "a nanoGPT checkout to run beside ours")
 
@@ -48,7 +52,8 @@ def ours(options: Options, seed: int, *more: str) -> dict[str, float]:
     command = [
         sys.executable, "-m", "nanogpt.train", "train_gpt2", f"--dataset={Path(options.dataset).resolve()}",
         f"--out_dir={folder}", f"--seed={seed}", f"--fp8={options.fp8}", f"--batch_size={options.batch_size}",
-        "--tokens_per_step=491520", f"--max_iters={options.steps}", f"--lr_decay_iters={options.steps}",
+        f"--tokens_per_step={options.tokens_per_step}", f"--max_iters={options.steps}",
+        f"--lr_decay_iters={options.steps}",
         "--warmup_iters=10", f"--eval_interval={options.steps}", "--eval_tokens=0", "--log_interval=1",
         "--save_minutes=0", "--overwrite=true", *more,
     ]  # fmt: skip
@@ -93,7 +98,7 @@ def theirs(options: Options) -> dict[str, float]:
     if done.returncode or len(times) <= SKIPPED_STEPS:
         raise CommandError(f"nanoGPT's train.py failed: {done.stderr.strip().splitlines()[-1:]}")
     ms = statistics.median(times[SKIPPED_STEPS:])
-    return {"ms": ms, "tokens_per_s": 491520e3 / ms}
+    return {"ms": ms, "tokens_per_s": 1e3 * NANOGPT_TOKENS / ms}
 
 
 def main(argv: list[str]) -> int:
@@ -101,6 +106,10 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, prog="python benchmarks/gpt2_training.py", description=__doc__)
     if not options.dataset:
         raise UserError("--dataset=: name a folder of token shards, for example --dataset=data/openwebtext")
+    if options.nanogpt and options.tokens_per_step != NANOGPT_TOKENS:
+        raise UserError(
+            f"--tokens_per_step={options.tokens_per_step}: nanoGPT's run takes {NANOGPT_TOKENS}; leave out --nanogpt"
+        )
     import torch
 
     if not torch.cuda.is_available():

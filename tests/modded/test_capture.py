@@ -49,12 +49,14 @@ def three_steps(state: lanes.State, ranks: Ranks, plans: list[schedule.StepPlan]
         for parameter in state.model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, device=ranks.device)
             parameter.add_(0.02 * noise)
+    setup.refresh_fp8(state, ranks, exact=True)
     losses = []
     for number, plan in enumerate(plans):
         for place in range(2):
             batch = sampled(lane(2 * number + place), plan, int(config.copy_pointer)).to(ranks.device)
             losses.append(lanes.train_lane(state, ranks, batch, plan).item())
         state.optimizer.step(plan)
+        setup.refresh_fp8(state, ranks, exact=True)
     weights = {name: weights.detach().clone() for name, weights in state.model.named_parameters()}
     assert state.table.rows.any()
     return losses, weights | {"n-gram table": state.table.rows.clone()}

@@ -1,11 +1,8 @@
 """Signals to a process that trains: noted while it runs, without effect when nothing is left to stop."""
 
 import signal
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # A signal while Python shuts down: its modules go after its handlers have gone.
 LATE = """
@@ -63,10 +60,9 @@ raise SystemExit(75)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_are_heard_after_a_kernel_was_compiled(run_python, tmp_path, monkeypatch, number):
+def test_signals_are_heard_after_a_kernel_was_compiled(run_python, tmp_path, number):
     pytest.importorskip("triton")
     path = tmp_path / "compile_then_stop.py"  # Triton reads a kernel's source from its file
-    start = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nnumber, name = {int(number)}, {number.name!r}\n"
-    path.write_text(start + COMPILE + TWICE)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    assert run_python(str(path)).returncode == 75
+    path.write_text(f"number, name = {int(number)}, {number.name!r}\n{COMPILE}{TWICE}")
+    env = {"PYTHONPATH": ".", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    assert run_python(path, env=env).returncode == 75

@@ -75,6 +75,7 @@ def test_only_work_that_gets_on_starts_again(tmp_path, work, limit, said) -> Non
     requeue = f'echo "$@" >>{tmp_path}/asked; kill -9 $PPID'
     answers = f'case $1 in show) echo " {show} " ;; requeue) {requeue} ;; esac'
     program(tmp_path / "bin", "scontrol", f"#!/bin/sh\n{answers}\n")
+    # What fails by itself gets no signal: one in time would be heard first.
     tell = '(until [ -e ready ]; do sleep 0.02; done; kill -USR1 "$$") &' if said else ":;"
     work = f"work() {{ : >ready; {work}; }}"
     libraries = 'set -euo pipefail; . "$1/slurm/lib/common.sh"; . "$1/slurm/lib/requeue.sh"'
